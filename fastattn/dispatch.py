@@ -1,0 +1,169 @@
+"""Which backend serves a request, and for each other one the reason why it does not."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from fastattn.kernels.attention import extension, launch
+
+
+class Backend(StrEnum):
+    """Where the arithmetic runs."""
+
+    TRITON = "triton"  # our Triton kernels: CUDA, or the CPU under TRITON_INTERPRET=1
+    CPU = "cpu"  # our C++ kernels
+    SDPA = "sdpa"  # torch.nn.functional.scaled_dot_product_attention
+    REFERENCE = "reference"  # plain PyTorch, holds the (B, H, L, S) scores
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call asks for, without the sequence lengths: a choice must not change from length to length."""
+
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    need_weights: bool = False
+    return_lse: bool = False
+    dropout: bool = False
+    causal: bool = False  # the plain top-left triangle
+    band: bool = False  # any other window or alignment
+    attn_mask: torch.dtype | None = None
+    padding: torch.dtype | None = None
+    mask_requires_grad: bool = False
+    compiling: bool = False
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The chosen backend and, for each other one, the reason it was not taken."""
+
+    backend: Backend
+    because: str
+    why_not: dict[Backend, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend}: {self.because}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.why_not.items()]
+        return "\n".join(lines)
+
+
+MAX_HEAD_DIM = 256
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_forced: contextvars.ContextVar[Backend | None] = contextvars.ContextVar("fastattn_backend", default=None)
+
+
+@contextlib.contextmanager
+def backend(name: str | Backend) -> Iterator[None]:
+    """Force one backend inside the block; a call it cannot serve raises instead of falling back.
+
+    ``name`` is "triton", "cpu", "sdpa", "reference", or "auto" for the usual choice.
+
+    Raises ValueError for another name.
+    """
+    allowed = [member.value for member in Backend]
+    if name != "auto" and name not in allowed:
+        raise ValueError(f"backend: got {name!r}, allowed are 'auto', {', '.join(map(repr, allowed))}")
+    token = _forced.set(None if name == "auto" else Backend(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_backend() -> Backend | None:
+    """The backend of the innermost ``with fastattn.backend(...)`` block, or None."""
+    return _forced.get()
+
+
+def why_not(name: Backend, request: Request) -> str | None:
+    """The reason ``name`` cannot give the right answer to ``request``; None when it can."""
+    if name is Backend.REFERENCE:
+        return None
+    if name is Backend.SDPA:
+        return _why_not_sdpa(request)
+    if request.dtype not in _KERNEL_DTYPES:
+        return f"dtype {request.dtype}; our kernels take float16, bfloat16 and float32"
+    if request.head_dim > MAX_HEAD_DIM:
+        return f"head dimension {request.head_dim} > {MAX_HEAD_DIM}"
+    if request.head_dim != request.value_dim:
+        return f"value's head dimension {request.value_dim} differs from query's {request.head_dim}"
+    if name is Backend.CPU:
+        if request.device_type != "cpu":
+            return f"device {request.device_type}; the C++ kernels run on the CPU"
+        return extension.UNAVAILABLE
+    return launch.why_unavailable(request.device_type)
+
+
+def _why_not_sdpa(request: Request) -> str | None:
+    if request.need_weights:
+        return "torch's fused kernels do not return the weights"
+    if request.return_lse:
+        return "torch's public function does not return the logsumexp"
+    if request.dropout and request.device_type == "cpu":
+        return "torch has no fused dropout on the CPU"
+    for mask in (request.attn_mask, request.padding):
+        if mask is not None and mask not in (torch.bool, request.dtype):
+            return f"torch would round a {mask} mask to {request.dtype}"
+    return None
+
+
+def _order(request: Request) -> tuple[tuple[Backend, str], ...]:
+    """Backends by preference, with the reason for the place."""
+    slow = (Backend.REFERENCE, "plain PyTorch serves every request")
+    sdpa = (Backend.SDPA, "torch's fused kernel, with fully masked rows made 0")
+    if request.device_type == "cpu":
+        ours = (Backend.CPU, "our C++ kernel: no (B, H, L, S) tensor, padding skipped, weights in the same pass")
+        plain = request.attn_mask is None and request.padding is None and not request.band
+        return (sdpa, ours, slow) if plain else (ours, sdpa, slow)
+    if launch.verified(request.device_type):
+        return ((Backend.TRITON, "our fused kernel, verified on this device"), sdpa, slow)
+    return (sdpa, slow)
+
+
+def explain(request: Request) -> Explanation:
+    """Choose: the forced backend if there is one, else the first in the order of preference that can serve it."""
+    forced = forced_backend()
+    reasons = {name: why_not(name, request) for name in Backend}
+    if forced is not None:
+        chosen, because = forced, f'forced by fastattn.backend("{forced}")'
+    else:
+        order = [(name, text) for name, text in _order(request) if reasons[name] is None]
+        chosen, because = order[0]
+    skipped = {}
+    for name in Backend:
+        if name is not chosen:
+            skipped[name] = reasons[name] or _not_preferred(name, request, chosen)
+    return Explanation(chosen, because, skipped)
+
+
+def choose(request: Request) -> Backend:
+    """The backend for ``request``.
+
+    Raises RuntimeError when a forced backend cannot serve it.
+    """
+    forced = forced_backend()
+    if forced is None:
+        for name, _ in _order(request):
+            if why_not(name, request) is None:
+                return name
+    reason = why_not(forced, request) if forced is not None else "no backend"
+    if reason is not None:
+        raise RuntimeError(f'fastattn.backend("{forced}") cannot serve this call: {reason}')
+    assert forced is not None
+    return forced
+
+
+def _not_preferred(name: Backend, request: Request, chosen: Backend) -> str:
+    if name is Backend.TRITON:
+        if request.device_type == "cpu":
+            return 'the interpreter proves the maths, slowly; force it with fastattn.backend("triton")'
+        return launch.why_not_verified(request.device_type)
+    return f"can serve it; {chosen} is preferred"

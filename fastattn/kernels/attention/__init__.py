@@ -1,0 +1,1 @@
+"""Fused attention: the operators (op), their Triton kernels and the C++ extension."""

@@ -1,0 +1,66 @@
+"""The C++ attention of ``csrc/attention_cpu.cpp`` behind the operators: float32, float16 and bfloat16 on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+try:
+    import fastattn._C as _extension
+except ImportError as error:
+    _extension = None
+    UNAVAILABLE: str | None = f"the C++ extension fastattn._C is not built ({error}); run: pip install -e ."
+else:
+    UNAVAILABLE = None
+
+_NO_WEIGHTS, _MEAN, _PER_HEAD = 0, 1, 2
+
+
+def _seed(problem: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The problem arguments with the seed tensor as a number: on the CPU reading it costs no synchronisation."""
+    attn_mask, key_padding_mask, seed, *numbers = problem
+    return attn_mask, key_padding_mask, 0 if seed is None else int(seed), *numbers
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *problem: Any) -> tuple[Tensor, Tensor]:
+    out, logsumexp, _ = _extension.attention_forward(query, key, value, *_seed(problem), _NO_WEIGHTS)
+    return out, logsumexp
+
+
+def attention_with_weights(
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *problem, average = rest
+    mode = _MEAN if average else _PER_HEAD
+    result: tuple[Tensor, Tensor, Tensor] = _extension.attention_forward(
+        query, key, value, *_seed(tuple(problem)), mode
+    )
+    return result
+
+
+def attention_backward(
+    grad_out: Tensor | None, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+    logsumexp: Tensor, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *problem, attn_mask_grad, padding_grad = rest
+    result: tuple[Tensor, ...] = _extension.attention_backward(
+        grad_out, grad_logsumexp, query, key, value, out, logsumexp, *_seed(tuple(problem)), attn_mask_grad, padding_grad
+    )
+    return result
+
+
+def attention_weights(query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any) -> Tensor:
+    *problem, average = rest
+    result: Tensor = _extension.attention_weights(query, key, logsumexp, *_seed(tuple(problem)), average)
+    return result
+
+
+def attention_weights_backward(
+    grad_weights: Tensor, query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *problem, average, attn_mask_grad, padding_grad = rest
+    result: tuple[Tensor, ...] = _extension.attention_weights_backward(
+        grad_weights, query, key, logsumexp, *_seed(tuple(problem)), average, attn_mask_grad, padding_grad
+    )
+    return result

@@ -1,0 +1,250 @@
+"""The attention operators: schema, shape rule, autograd and autocast; each backend's code is called from here.
+
+| operator (torch.ops.fastattn)  | returns                                                  |
+|--------------------------------|----------------------------------------------------------|
+| attention                      | out, logsumexp                                           |
+| attention_backward             | gradients of query, key, value, attn_mask, padding mask  |
+| attention_weights              | weights from the logsumexp: head average or per head     |
+| attention_weights_backward     | gradients of query, key, logsumexp and both masks        |
+| attention_with_weights         | out, logsumexp, weights in one pass (backend "cpu")      |
+
+The logsumexp is an input of the weights, so a weights gradient flows through it into ``attention_backward``:
+
+    dS_ij = P_ij (dP_ij - delta_i + dLSE_i),   delta_i = sum_j P_ij dP_ij = <dO_i, O_i>       (attention)
+    dS_ij = W_ij dW_ij,                        dLSE_i = -sum_j dS_ij                           (weights)
+
+Arguments shared by all, checked by ``fastattn.functional`` before they come here:
+
+query (B, H, L, D), key and value (B, Hkv, S, D), H a multiple of Hkv; attn_mask broadcastable to (B, H, L, S), four
+dimensions, boolean (True takes part) or floating (added); key_padding_mask (B, S), boolean or floating; seed int64
+(1,), read only where dropout_p > 0; entry (i, j) takes part where lower <= j - i <= upper, None leaves a side open;
+backend "triton" or "cpu".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.kernels.attention import extension, launch
+
+_PROBLEM = (
+    "Tensor? attn_mask, Tensor? key_padding_mask, Tensor? seed, float dropout_p, float scale, "
+    "SymInt? lower, SymInt? upper"
+)
+_SCHEMAS = {
+    "attention": f"(Tensor query, Tensor key, Tensor value, {_PROBLEM}, str backend) -> (Tensor, Tensor)",
+    "attention_backward": (
+        "(Tensor? grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, "
+        f"Tensor logsumexp, {_PROBLEM}, bool attn_mask_grad, bool padding_grad, str backend) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "attention_weights": f"(Tensor query, Tensor key, Tensor logsumexp, {_PROBLEM}, bool average, str backend) -> Tensor",
+    "attention_weights_backward": (
+        f"(Tensor grad_weights, Tensor query, Tensor key, Tensor logsumexp, {_PROBLEM}, bool average, "
+        "bool attn_mask_grad, bool padding_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "attention_with_weights": (
+        f"(Tensor query, Tensor key, Tensor value, {_PROBLEM}, bool average, str backend) -> (Tensor, Tensor, Tensor)"
+    ),
+}
+_PROBLEM_ARGS = 7
+_BACKENDS: dict[str, Any] = {"triton": launch, "cpu": extension}
+
+_library = torch.library.Library("fastattn", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _implementation(name: str) -> Any:
+    def call(*args: Any) -> Any:
+        *arguments, backend = args
+        return getattr(_BACKENDS[backend], name)(*arguments)
+
+    call.__name__ = name
+    return call
+
+
+for _name in _SCHEMAS:
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _implementation(_name), _key)
+
+
+# Shape rules -------------------------------------------------------------------------------------------------
+
+
+def empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """The output (B, H, L, Dv), laid out as (B, L, H, Dv) so that merging the heads afterwards is a view."""
+    batch, heads, rows, _ = query.shape
+    return query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
+
+
+def empty_logsumexp(query: Tensor) -> Tensor:
+    return query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def empty_weights(query: Tensor, key: Tensor, average: bool) -> Tensor:
+    batch, heads, rows, _ = query.shape
+    shape = (batch, rows, key.shape[2]) if average else (batch, heads, rows, key.shape[2])
+    return query.new_empty(shape)
+
+
+def empty_like_heads_last(tensor: Tensor) -> Tensor:
+    """Uninitialised (B, H, L, D) laid out as (B, L, H, D): the gradient of a head view of a projection."""
+    batch, heads, rows, dim = tensor.shape
+    return tensor.new_empty(batch, rows, heads, dim).transpose(1, 2)
+
+
+def empty_mask_grad(mask: Tensor | None, wanted: bool, like: Tensor) -> Tensor:
+    """The gradient of a mask, contiguous in the mask's own shape and dtype; no elements where nobody wants it."""
+    return mask.new_empty(mask.shape) if wanted and mask is not None else like.new_empty(0)
+
+
+@torch.library.register_fake("fastattn::attention", lib=_library)
+def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty_output(query, value), empty_logsumexp(query)
+
+
+@torch.library.register_fake("fastattn::attention_backward", lib=_library)
+def _attention_backward_fake(
+    grad_out: Tensor | None, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+    logsumexp: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    attn_mask_grad, padding_grad = rest[-3:-1]
+    return (
+        empty_like_heads_last(query), empty_like_heads_last(key), empty_like_heads_last(value),
+        empty_mask_grad(attn_mask, attn_mask_grad, query), empty_mask_grad(key_padding_mask, padding_grad, query),
+    )  # fmt: skip
+
+
+@torch.library.register_fake("fastattn::attention_weights", lib=_library)
+def _attention_weights_fake(query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any) -> Tensor:
+    return empty_weights(query, key, average=rest[-2])
+
+
+@torch.library.register_fake("fastattn::attention_weights_backward", lib=_library)
+def _attention_weights_backward_fake(
+    grad_weights: Tensor, query: Tensor, key: Tensor, logsumexp: Tensor, attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    attn_mask_grad, padding_grad = rest[-3:-1]
+    return (
+        empty_like_heads_last(query), empty_like_heads_last(key), empty_logsumexp(query),
+        empty_mask_grad(attn_mask, attn_mask_grad, query), empty_mask_grad(key_padding_mask, padding_grad, query),
+    )  # fmt: skip
+
+
+@torch.library.register_fake("fastattn::attention_with_weights", lib=_library)
+def _attention_with_weights_fake(
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_output(query, value), empty_logsumexp(query), empty_weights(query, key, average=rest[-2])
+
+
+# Autograd ----------------------------------------------------------------------------------------------------
+
+
+def _save_problem(ctx: Any, tensors: tuple[Tensor, ...], problem: tuple[Any, ...], first: int) -> None:
+    """Keep what a backward needs. ``first`` is the position of attn_mask among the operator's inputs."""
+    attn_mask, key_padding_mask, seed, *ctx.numbers = problem
+    ctx.save_for_backward(*tensors, attn_mask, key_padding_mask, seed)
+    ctx.mask_grads = (ctx.needs_input_grad[first], ctx.needs_input_grad[first + 1])
+    ctx.set_materialize_grads(False)
+
+
+def _mask_results(ctx: Any, grads: tuple[Tensor, Tensor]) -> list[Tensor | None]:
+    return [grad if wanted else None for grad, wanted in zip(grads, ctx.mask_grads, strict=True)]
+
+
+def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, *problem = inputs
+    ctx.backend = problem[_PROBLEM_ARGS:]
+    _save_problem(ctx, (query, key, value, output[0], output[1]), tuple(problem[:_PROBLEM_ARGS]), first=3)
+
+
+def _attention_vjp(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor | None) -> tuple[Any, ...]:
+    *tensors, attn_mask, key_padding_mask, seed = ctx.saved_tensors
+    if grad_out is None and grad_logsumexp is None:
+        return (None,) * (3 + _PROBLEM_ARGS + len(ctx.backend))
+    dquery, dkey, dvalue, *dmasks = torch.ops.fastattn.attention_backward(
+        grad_out, grad_logsumexp, *tensors, attn_mask, key_padding_mask, seed, *ctx.numbers, *ctx.mask_grads,
+        ctx.backend[-1],
+    )  # fmt: skip
+    return (
+        dquery, dkey, dvalue, *_mask_results(ctx, (dmasks[0], dmasks[1])), *(None,) * 5, *(None,) * len(ctx.backend)
+    )  # fmt: skip
+
+
+def _setup_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, logsumexp, *problem = inputs
+    ctx.average, ctx.backend = problem[_PROBLEM_ARGS:]
+    _save_problem(ctx, (query, key, logsumexp), tuple(problem[:_PROBLEM_ARGS]), first=3)
+
+
+def _weights_vjp(ctx: Any, grad_weights: Tensor | None) -> tuple[Any, ...]:
+    query, key, logsumexp, attn_mask, key_padding_mask, seed = ctx.saved_tensors
+    if grad_weights is None:
+        return (None,) * (3 + _PROBLEM_ARGS + 2)
+    dquery, dkey, dlogsumexp, *dmasks = torch.ops.fastattn.attention_weights_backward(
+        grad_weights, query, key, logsumexp, attn_mask, key_padding_mask, seed, *ctx.numbers, ctx.average,
+        *ctx.mask_grads, ctx.backend,
+    )  # fmt: skip
+    return (dquery, dkey, dlogsumexp, *_mask_results(ctx, (dmasks[0], dmasks[1])), *(None,) * 7)
+
+
+def _attention_with_weights_vjp(
+    ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor | None, grad_weights: Tensor | None
+) -> tuple[Any, ...]:
+    """The weights as a function of the logsumexp, then the attention with the logsumexp gradient they add."""
+    query, key, _, _, logsumexp, attn_mask, key_padding_mask, seed = ctx.saved_tensors
+    average, backend = ctx.backend
+    first: tuple[Any, ...] = (None,) * 5
+    if grad_weights is not None:
+        first = torch.ops.fastattn.attention_weights_backward(
+            grad_weights, query, key, logsumexp, attn_mask, key_padding_mask, seed, *ctx.numbers, average,
+            *ctx.mask_grads, backend,
+        )  # fmt: skip
+        grad_logsumexp = first[2] if grad_logsumexp is None else grad_logsumexp + first[2]
+    grads = list(_attention_vjp(ctx, grad_out, grad_logsumexp))
+    for place, extra in ((0, first[0]), (1, first[1]), (3, first[3]), (4, first[4])):
+        if grads[place] is not None and extra is not None:
+            grads[place] = grads[place] + extra
+    return tuple(grads)
+
+
+torch.library.register_autograd(
+    "fastattn::attention", _attention_vjp, setup_context=_setup_attention, lib=_library
+)
+torch.library.register_autograd(
+    "fastattn::attention_weights", _weights_vjp, setup_context=_setup_weights, lib=_library
+)
+torch.library.register_autograd(
+    "fastattn::attention_with_weights", _attention_with_weights_vjp, setup_context=_setup_attention, lib=_library
+)
+
+
+# Autocast ----------------------------------------------------------------------------------------------------
+
+
+def _autocast(name: str, tensors: int, device_type: str, key: Any) -> Any:
+    """Cast the first ``tensors`` arguments to the autocast dtype; masks and logsumexp keep their own dtype."""
+    overload = getattr(torch.ops.fastattn, name).default
+    guard = torch._C.DispatchKeySet(key)
+
+    def call(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(guard):
+            cast = [
+                arg.to(dtype) if arg.is_floating_point() and arg.dtype != torch.float64 else arg
+                for arg in args[:tensors]
+            ]
+            return overload(*cast, *args[tensors:])
+
+    return call
+
+
+for _name, _tensors in (("attention", 3), ("attention_weights", 2), ("attention_with_weights", 3)):
+    for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _library.impl(_name, _autocast(_name, _tensors, _device, getattr(torch._C.DispatchKey, _key)), _key)
