@@ -1,0 +1,5 @@
+"""Build the extension only; the metadata stands in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
