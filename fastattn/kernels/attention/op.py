@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.kernels.attention import extension, launch
+from fastattn.kernels.attention import extension, launch, shapes
 
 _PROBLEM = (
     "Tensor? attn_mask, Tensor? key_padding_mask, Tensor? seed, float dropout_p, float scale, "
@@ -75,36 +75,9 @@ for _name in _SCHEMAS:
 # Shape rules -------------------------------------------------------------------------------------------------
 
 
-def empty_output(query: Tensor, value: Tensor) -> Tensor:
-    """The output (B, H, L, Dv), laid out as (B, L, H, Dv) so that merging the heads afterwards is a view."""
-    batch, heads, rows, _ = query.shape
-    return query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
-
-
-def empty_logsumexp(query: Tensor) -> Tensor:
-    return query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
-def empty_weights(query: Tensor, key: Tensor, average: bool) -> Tensor:
-    batch, heads, rows, _ = query.shape
-    shape = (batch, rows, key.shape[2]) if average else (batch, heads, rows, key.shape[2])
-    return query.new_empty(shape)
-
-
-def empty_like_heads_last(tensor: Tensor) -> Tensor:
-    """Uninitialised (B, H, L, D) laid out as (B, L, H, D): the gradient of a head view of a projection."""
-    batch, heads, rows, dim = tensor.shape
-    return tensor.new_empty(batch, rows, heads, dim).transpose(1, 2)
-
-
-def empty_mask_grad(mask: Tensor | None, wanted: bool, like: Tensor) -> Tensor:
-    """The gradient of a mask, contiguous in the mask's own shape and dtype; no elements where nobody wants it."""
-    return mask.new_empty(mask.shape) if wanted and mask is not None else like.new_empty(0)
-
-
 @torch.library.register_fake("fastattn::attention", lib=_library)
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty_output(query, value), empty_logsumexp(query)
+    return shapes.empty_output(query, value), shapes.empty_logsumexp(query)
 
 
 @torch.library.register_fake("fastattn::attention_backward", lib=_library)
@@ -114,14 +87,14 @@ def _attention_backward_fake(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     attn_mask_grad, padding_grad = rest[-3:-1]
     return (
-        empty_like_heads_last(query), empty_like_heads_last(key), empty_like_heads_last(value),
-        empty_mask_grad(attn_mask, attn_mask_grad, query), empty_mask_grad(key_padding_mask, padding_grad, query),
+        shapes.empty_like_heads_last(query), shapes.empty_like_heads_last(key), shapes.empty_like_heads_last(value),
+        shapes.empty_mask_grad(attn_mask, attn_mask_grad, query), shapes.empty_mask_grad(key_padding_mask, padding_grad, query),
     )  # fmt: skip
 
 
 @torch.library.register_fake("fastattn::attention_weights", lib=_library)
 def _attention_weights_fake(query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any) -> Tensor:
-    return empty_weights(query, key, average=rest[-2])
+    return shapes.empty_weights(query, key, average=rest[-2])
 
 
 @torch.library.register_fake("fastattn::attention_weights_backward", lib=_library)
@@ -131,8 +104,8 @@ def _attention_weights_backward_fake(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     attn_mask_grad, padding_grad = rest[-3:-1]
     return (
-        empty_like_heads_last(query), empty_like_heads_last(key), empty_logsumexp(query),
-        empty_mask_grad(attn_mask, attn_mask_grad, query), empty_mask_grad(key_padding_mask, padding_grad, query),
+        shapes.empty_like_heads_last(query), shapes.empty_like_heads_last(key), shapes.empty_logsumexp(query),
+        shapes.empty_mask_grad(attn_mask, attn_mask_grad, query), shapes.empty_mask_grad(key_padding_mask, padding_grad, query),
     )  # fmt: skip
 
 
@@ -140,7 +113,7 @@ def _attention_weights_backward_fake(
 def _attention_with_weights_fake(
     query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_output(query, value), empty_logsumexp(query), empty_weights(query, key, average=rest[-2])
+    return shapes.empty_output(query, value), shapes.empty_logsumexp(query), shapes.empty_weights(query, key, average=rest[-2])
 
 
 # Autograd ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,33 @@
+"""What each operator allocates: one definition for the kernels and for the shape rules of the compiler."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """The output (B, H, L, Dv), laid out as (B, L, H, Dv) so that merging the heads afterwards is a view."""
+    batch, heads, rows, _ = query.shape
+    return query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
+
+
+def empty_logsumexp(query: Tensor) -> Tensor:
+    return query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def empty_weights(query: Tensor, key: Tensor, average: bool) -> Tensor:
+    batch, heads, rows, _ = query.shape
+    shape = (batch, rows, key.shape[2]) if average else (batch, heads, rows, key.shape[2])
+    return query.new_empty(shape)
+
+
+def empty_like_heads_last(tensor: Tensor) -> Tensor:
+    """Uninitialised (B, H, L, D) laid out as (B, L, H, D): the gradient of a head view of a projection."""
+    batch, heads, rows, dim = tensor.shape
+    return tensor.new_empty(batch, rows, heads, dim).transpose(1, 2)
+
+
+def empty_mask_grad(mask: Tensor | None, wanted: bool, like: Tensor) -> Tensor:
+    """The gradient of a mask, contiguous in the mask's own shape and dtype; no elements where nobody wants it."""
+    return mask.new_empty(mask.shape) if wanted and mask is not None else like.new_empty(0)
