@@ -1,0 +1,76 @@
+# Two commands from a fresh clone: make demo, make test. Everything they need goes into $(VENV).
+#
+#   make demo                            set up, then the demonstration on real sentences
+#   make test                            set up, ruff, mypy, the whole test suite
+#   make demo PYTHON=python3 VENV=none   install nothing: use that Python and the torch it has
+#   make test PYTEST_ARGS="-k patching"  arguments for pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+TORCH_VERSION := 2.13.0
+TRITON_VERSION := 3.9.0
+EXTENSION_SOURCES := setup.py $(wildcard csrc/*)
+
+export HF_HUB_OFFLINE := 1
+export TRANSFORMERS_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+ifeq ($(VENV),none)
+RUN := PYTHONPATH="$(CURDIR)" $(PYTHON)
+STAMP := build/in-place.stamp
+else
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/fastattn.stamp
+endif
+
+.PHONY: demo test check setup profile doctor results clean
+
+demo: setup
+	$(RUN) -m fastattn demo $(DEMO_ARGS)
+
+test: check
+	$(RUN) -m pytest --durations=15 $(PYTEST_ARGS)
+
+check: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+profile doctor: setup
+	$(RUN) -m fastattn $@
+
+# Measure on this machine, keep the figures in docs/results, and write them into the README.
+results: setup
+	$(RUN) -m fastattn demo --out demo_output $(DEMO_ARGS)
+	$(RUN) -m fastattn.profiling.report --record demo_output
+
+setup: $(STAMP)
+
+ifeq ($(VENV),none)
+# The extension is optional: without a compiler the library runs in pure Python, and `doctor` says so.
+$(STAMP): pyproject.toml $(EXTENSION_SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "fastattn needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)"; exit 1; }
+	@$(PYTHON) -c 'import torch' || { echo "VENV=none uses the torch of $(PYTHON), which has none"; exit 1; }
+	$(PYTHON) setup.py build_ext --inplace \
+		|| echo "The extension could not be built; going on in pure Python."
+	@mkdir -p $(@D) && touch $@
+else
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "fastattn needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+			"Name another one: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A torch or triton that is already there stays. setup.py needs torch, hence --no-build-isolation.
+$(STAMP): pyproject.toml $(EXTENSION_SOURCES) | $(VENV)/bin/python
+	$(RUN) -c 'import torch' 2>/dev/null || $(RUN) -m pip install torch==$(TORCH_VERSION)
+	$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install triton==$(TRITON_VERSION)
+	$(RUN) -m pip install 'setuptools>=77' wheel pybind11 ninja
+	$(RUN) -m pip install --no-build-isolation -e '.[demo,test,dev]'
+	@touch $@
+endif
+
+clean:
+	rm -rf build demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis fastattn/*.so

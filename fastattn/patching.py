@@ -1,0 +1,206 @@
+"""patch and unpatch: fused attention inside a model that already exists.
+
+A supported module keeps its identity and changes its class. Nothing is rebuilt, so whatever holds the module or its
+state (parents that share it, DistributedDataParallel, hooks and their handles, optimizers, parametrisations, tied
+parameters, a plain Python list) goes on holding the same object, and the root may itself be the module. ``unpatch``
+gives the class back: the restored object is the original one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from fastattn.modules.attention import MultiheadAttention
+
+# Bound at import: a program may rebind torch.nn.MultiheadAttention to ours.
+_TorchMultiheadAttention = nn.MultiheadAttention
+_TorchTransformerEncoder = nn.TransformerEncoder
+
+# What a patched module remembers, in its __dict__, so that copies and pickles of it can be unpatched too.
+_ORIGINAL_CLASS = "_fastattn_original_class"
+_NESTED = "_fastattn_use_nested_tensor"
+
+# A subclass may define these and still compute what nn.MultiheadAttention computes.
+_HARMLESS_OVERRIDES = frozenset(
+    {
+        "__annotations__", "__constants__", "__dict__", "__doc__", "__init__", "__module__", "__orig_bases__",
+        "__parameters__", "__qualname__", "__repr__", "__setstate__", "__static_attributes__", "__firstlineno__",
+        "__weakref__", "_reset_parameters", "extra_repr", "reset_parameters",
+    }
+)  # fmt: skip
+
+
+@dataclass
+class PatchReport:
+    """What ``patch`` did: names of the modules that now run on fastattn, and of those that do not, with the reason."""
+
+    replaced: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        # The root itself has the empty name.
+        lines = [f"replaced {len(self.replaced)}, skipped {len(self.skipped)}"]
+        lines += [f"  replaced {name or '(the model itself)'}" for name in self.replaced]
+        lines += [f"  skipped  {name or '(the model itself)'}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def patch(model: nn.Module, need_weights: bool | None = None) -> PatchReport:
+    """Make every supported module inside ``model`` compute on fastattn, in place.
+
+    Supported are nn.MultiheadAttention, subclasses of it that change nothing of its computation, and Hugging Face
+    models of a verified architecture (see ``fastattn.integrations.huggingface``), which are switched through their
+    configuration. Parameters, buffers, hooks and the modules themselves stay the same objects. Patching again changes
+    nothing but ``need_weights``.
+
+    Args:
+        model: any module: nested, with shared modules, on any device, wrapped, or an attention module itself.
+        need_weights: False tells the patched nn.MultiheadAttention modules that their callers throw the weights away,
+            so that none are computed and None is returned in their place; True computes them whatever the caller
+            says; None does what each call asks for. Hugging Face models ask with ``output_attentions``.
+
+    Returns the report of what was replaced and what was not, with the reason; a shared module stands under its first
+    name.
+
+    Raises TypeError for another kind of argument.
+    """
+    _check_model(model)
+    if need_weights is not None and not isinstance(need_weights, bool):
+        raise TypeError(f"need_weights: got {type(need_weights).__name__}, expected True, False or None")
+    report = PatchReport()
+    for name, module in model.named_modules():
+        reason = _why_not(module)
+        if reason is not None:
+            report.skipped[name] = reason
+        elif type(module) is not MultiheadAttention and isinstance(module, _TorchMultiheadAttention):
+            _switch(module)
+            report.replaced.append(name)
+        if _ORIGINAL_CLASS in module.__dict__ and need_weights is not None:
+            module.need_weights = need_weights
+    _keep_padded(model)
+    # A model of transformers can only be here when transformers has been imported.
+    if "transformers" in sys.modules:
+        from fastattn.integrations import huggingface
+
+        replaced, skipped = huggingface.patch_models(model)
+        report.replaced += replaced
+        report.skipped |= skipped
+    return report
+
+
+def unpatch(model: nn.Module) -> list[str]:
+    """Undo ``patch``: every module inside ``model`` that was patched is what it was before, parameters untouched.
+
+    Modules built as ``fastattn.MultiheadAttention`` stay; a model that was never patched is left as it is.
+
+    Returns the names of the restored modules.
+
+    Raises TypeError when ``model`` is not a module.
+    """
+    _check_model(model)
+    restored = []
+    for name, module in model.named_modules():
+        if _ORIGINAL_CLASS in module.__dict__:
+            original = module.__dict__.pop(_ORIGINAL_CLASS)
+            module.__dict__.pop("need_weights", None)
+            _set_class(module, lambda _, original=original: original)
+            restored.append(name)
+        if _NESTED in module.__dict__:
+            module.use_nested_tensor = module.__dict__.pop(_NESTED)
+    if "transformers" in sys.modules:
+        from fastattn.integrations import huggingface
+
+        restored += huggingface.unpatch_models(model)
+    return restored
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why an attention module stays as it is; None for one that can be switched, and for any other module."""
+    if isinstance(module, torch.jit.ScriptModule):
+        scripted = getattr(module, "original_name", "") == "MultiheadAttention"
+        return "compiled by TorchScript; patch the model before scripting it" if scripted else None
+    if not isinstance(module, _TorchMultiheadAttention):
+        return None
+    if isinstance(module, MultiheadAttention):
+        return "already fastattn"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    cls = _base_class(module)
+    if cls.forward is not _TorchMultiheadAttention.forward:
+        return f"{cls.__name__} has its own forward"
+    overrides = sorted(
+        name
+        for parent in cls.__mro__[: cls.__mro__.index(_TorchMultiheadAttention)]
+        for name in vars(parent)
+        if hasattr(_TorchMultiheadAttention, name) and name not in _HARMLESS_OVERRIDES
+    )
+    if overrides:
+        return f"{cls.__name__} overrides {', '.join(overrides)}, which may change what it computes"
+    return None
+
+
+def _base_class(module: nn.Module) -> type[Any]:
+    """The module's class without the one that ``torch.nn.utils.parametrize`` put over it."""
+    return type(module).__bases__[0] if is_parametrized(module) else type(module)
+
+
+def _switch(module: nn.Module) -> None:
+    module.__dict__[_ORIGINAL_CLASS] = _base_class(module)
+    _set_class(module, _patched_class)
+
+
+def _set_class(module: nn.Module, convert: Callable[[type[Any]], type[Any]]) -> None:
+    """Convert the module's class. A parametrisation's properties are moved over: they live in a class of their own."""
+    base = convert(_base_class(module))
+    if is_parametrized(module):
+        own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
+        base = type(type(module).__name__, (base,), own)
+    module.__class__ = base
+
+
+@cache
+def _patched_class(cls: type[Any]) -> type[Any]:
+    """Our class for ``cls``: fastattn.MultiheadAttention, or for a subclass both, so that isinstance keeps holding."""
+    if cls is _TorchMultiheadAttention:
+        return MultiheadAttention
+    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduce}
+    return type(cls.__name__, (cls, MultiheadAttention), namespace)
+
+
+def _reduce(module: nn.Module, _protocol: int) -> tuple[Any, ...]:
+    """Pickle a patched subclass by the class it had: the class made for it cannot be found by its name."""
+    return _rebuild, (module.__dict__[_ORIGINAL_CLASS],), module.__dict__
+
+
+def _rebuild(cls: type[Any]) -> Any:
+    patched = _patched_class(cls)
+    return patched.__new__(patched)
+
+
+def _keep_padded(model: nn.Module) -> None:
+    """Stop nn.TransformerEncoder from making nested tensors for our modules.
+
+    Its choice is made at construction. It hands the layers a layout of torch's own kernels, and gives back an output
+    cut to the longest sequence (pytorch#97111).
+    """
+    for encoder in model.modules():
+        if (
+            isinstance(encoder, _TorchTransformerEncoder)
+            and getattr(encoder, "use_nested_tensor", False)
+            and any(_ORIGINAL_CLASS in module.__dict__ for module in encoder.modules())
+        ):
+            encoder.__dict__[_NESTED] = True
+            encoder.use_nested_tensor = False

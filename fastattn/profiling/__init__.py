@@ -1,0 +1,1 @@
+"""Measuring: time, peak memory, the long-sequence profile, the self-check of each backend, the README's figures."""
