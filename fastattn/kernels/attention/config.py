@@ -39,7 +39,7 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def tile(kernel: str, dtype: torch.dtype, head_dim: int, *, dropout: bool = False, mask: bool = False) -> Tile:
+def tile(kernel: str, dtype: torch.dtype, head_dim: int, *, dropout: bool = False, masked: bool = False) -> Tile:
     """The tile of a kernel; the budget table checks that each choice spills nothing on sm_80, sm_90 and sm_100."""
     if _override is not None:
         return _override

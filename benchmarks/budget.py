@@ -1,0 +1,269 @@
+"""What the compiler makes of every Triton kernel that ships, for GPUs that need not be present.
+
+    python -m benchmarks.budget                  print the checked-in table
+    python -m benchmarks.budget --write          compile everything and rewrite it (about half an hour on two cores)
+    python -m benchmarks.budget --check --sample 40   compile a sample and compare with the table
+
+The kernels are compiled by the launching code itself, on tensors without storage, for sm_80, sm_90 and sm_100: what is
+measured is what a user's first call compiles. Registers, spills and shared memory are the assembler's own figures;
+tensor-core instructions are counted in the PTX (mma, wgmma, tcgen05).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+TABLE = Path(__file__).parent / "results" / "budget.csv"
+ARCHITECTURES = (80, 90, 100)
+# Shared memory one program may use: CUDA C++ Programming Guide, technical specifications per compute capability.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+DTYPES = ("float16", "bfloat16", "float32")
+HEAD_DIMS = (16, 32, 64, 80, 128, 256)
+FEATURES = ("plain", "causal", "window", "padding", "bool_mask", "float_mask", "dropout", "masked", "everything")
+_TENSOR_CORE = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call whose kernels are compiled."""
+
+    arch: int
+    dtype: str
+    head_dim: int
+    feature: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel: a line of the table."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    head_dim: int
+    feature: str
+    tile: str
+    warps: int
+    stages: int
+    registers: int
+    spills: int
+    shared: int
+    tensor_core: int
+    serialized: int
+
+    @property
+    def key(self) -> tuple[str, int, str, int, str]:
+        return self.kernel, self.arch, self.dtype, self.head_dim, self.feature
+
+    def faults(self) -> list[str]:
+        """What breaks the budget."""
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} bytes spilled")
+        if self.shared > SHARED_LIMIT[self.arch]:
+            found.append(f"{self.shared} bytes of shared memory, the chip has {SHARED_LIMIT[self.arch]}")
+        if self.dtype != "float32" and self.kernel != "attention_delta" and self.tensor_core == 0:
+            found.append(f"no {_TENSOR_CORE[self.arch]} instruction")
+        if self.serialized:
+            found.append("the assembler serialised wgmma")
+        return found
+
+
+def cases() -> list[Case]:
+    return [Case(*values) for values in itertools.product(ARCHITECTURES, DTYPES, HEAD_DIMS, FEATURES)]
+
+
+def compile_case(case: Case) -> list[Row]:
+    """Compile every kernel that this call, its gradient and its weights use."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+    from triton.runtime.jit import JITFunction
+
+    from fastattn.kernels.attention import launch
+
+    class Compiler(DriverBase):
+        """A driver that knows its target and has no device."""
+
+        def __init__(self) -> None:
+            pass
+
+        @classmethod
+        def is_active(cls) -> bool:
+            return True
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", case.arch, 32)
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("meta")
+
+        def get_benchmarker(self) -> Any:
+            raise NotImplementedError
+
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            return ty
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    triton.runtime.driver.set_active(Compiler())
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        of_weights = isinstance(kwargs.get("dweights"), tuple) and kwargs["dweights"].pointer is not None
+        compiled.append((self.__name__ + (" of weights" if of_weights else ""), kernel))
+        return kernel
+
+    JITFunction.run = record
+    try:
+        _call(launch, torch, case)
+    finally:
+        JITFunction.run = run
+    return [_row(case, name, kernel) for name, kernel in compiled if name != "key_bounds"]
+
+
+def _call(launch: Any, torch: Any, case: Case) -> None:
+    """Attention, weights and both gradients on tensors without storage."""
+    batch, heads, length = 2, 4, 1024
+    dtype = getattr(torch, case.dtype)
+
+    def empty(*shape: int, dtype: Any = dtype) -> Any:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    everything = case.feature in ("masked", "everything")
+    query, key, value = (empty(batch, length, heads, case.head_dim).transpose(1, 2) for _ in range(3))
+    mask = padding = seed = lower = upper = None
+    if case.feature in ("float_mask", "masked", "everything"):
+        mask = empty(1, heads, length, length)
+    if case.feature == "bool_mask":
+        mask = empty(batch, 1, length, length, dtype=torch.bool)
+    if case.feature in ("padding", "masked", "everything"):
+        padding = empty(batch, length, dtype=torch.bool)
+    if case.feature in ("dropout", "everything"):
+        seed = empty(1, dtype=torch.int64)
+    if case.feature in ("causal", "window", "masked", "everything"):
+        upper = 0
+    if case.feature in ("window", "masked", "everything"):
+        lower = -255
+    problem = (mask, padding, seed, 0.1 if seed is not None else 0.0, 0.125, lower, upper)
+    mask_grad = mask is not None and mask.dtype == dtype and everything
+    out, logsumexp = launch.attention(query, key, value, *problem)
+    launch.attention_backward(out, None, query, key, value, out, logsumexp, *problem, mask_grad, False)
+    weights = launch.attention_weights(query, key, logsumexp, *problem, True)
+    if case.feature in ("plain", "masked", "everything"):
+        launch.attention_weights_backward(weights, query, key, logsumexp, *problem, True, mask_grad, False)
+
+
+def _row(case: Case, name: str, kernel: Any) -> Row:
+    metadata = kernel.metadata
+    usage = _resource_usage(kernel.asm["cubin"])
+    names = kernel.src.fn.arg_names
+    block = {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
+    return Row(
+        kernel=name,
+        **asdict(case),
+        tile=f"{block.get('BLOCK_M', '')}x{block.get('BLOCK_N', '')}",
+        warps=metadata.num_warps,
+        stages=metadata.num_stages,
+        registers=usage["REG"],
+        spills=usage["LOCAL"] + usage["STACK"],
+        shared=metadata.shared,
+        tensor_core=len(re.findall(_TENSOR_CORE[case.arch], kernel.asm["ptx"])),
+        serialized=0,
+    )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL and SHARED as cuobjdump of the Triton wheel prints them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text.stdout)}
+
+
+def read_table() -> list[Row]:
+    types = {field.name: (int if field.type == "int" else str) for field in fields(Row)}
+    with TABLE.open() as file:
+        return [Row(**{name: types[name](text) for name, text in line.items()}) for line in csv.DictReader(file)]
+
+
+def write_table(rows: list[Row]) -> None:
+    TABLE.parent.mkdir(exist_ok=True)
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in sorted(rows, key=lambda row: row.key))
+
+
+def print_table(rows: list[Row]) -> None:
+    names = [field.name for field in fields(Row)]
+    lines = [names] + [[str(getattr(row, name)) for name in names] for row in rows]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(names))]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    print(f"{len(rows)} kernels, {sum(bool(row.faults()) for row in rows)} over budget")
+
+
+def compile_all(selected: list[Case], workers: int) -> Iterator[list[Row]]:
+    from tqdm import tqdm
+
+    with ProcessPoolExecutor(workers, max_tasks_per_child=64) as pool:
+        yield from tqdm(pool.map(compile_case, selected), total=len(selected), disable=None)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="compile every case and rewrite the table")
+    parser.add_argument("--check", action="store_true", help="compile and compare with the table")
+    parser.add_argument("--sample", type=int, metavar="N", help="only N cases, drawn anew each day")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    options = parser.parse_args(arguments)
+    if not options.write and not options.check:
+        print_table(read_table())
+        return 0
+    selected = cases()
+    if options.sample:
+        selected = random.sample(selected, options.sample)
+    rows = [row for found in compile_all(selected, options.workers) for row in found]
+    if options.write:
+        write_table(rows)
+    faults = [f"{row.key}: {fault}" for row in rows for fault in row.faults()]
+    if options.check:
+        known = {row.key: row for row in read_table()}
+        faults += [
+            f"{row.key}: {row.registers} registers, {row.spills} spilled, {row.shared} shared; table {known.get(row.key)}"
+            for row in rows
+            if row.key not in known or (row.shared, row.spills) != (known[row.key].shared, known[row.key].spills)
+        ]
+    print_table([row for row in rows if row.faults()] or rows[:20])
+    print("\n".join(faults) or f"{len(rows)} kernels within budget")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
