@@ -1,0 +1,139 @@
+// The contract between the two halves of the CPU attention.
+//
+// The driver (attention_forward_cpu.cpp, attention_backward_cpu.cpp) checks tensors, allocates and hands out tasks.
+// The kernels (forward_tile.h, backward_tile.h, weights_tile.h) do the arithmetic. They are compiled once per
+// instruction set, each time in a namespace of its own, see kernels.inc.h, and reach the driver as a table of functions.
+//
+// Kernels see memory only through the structs below. Nothing here owns anything: all pointers outlive the call.
+// All arithmetic is float32; inputs of another type are converted as they are read.
+//
+// Names: B batch, H heads, G key heads (H a multiple of G), L rows (queries), S keys, D head dimension.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn {
+
+enum class Type : uint8_t { boolean, half, bfloat16, single, twice };
+
+// A tensor of four dimensions with any strides, in elements; 0 along an axis that is broadcast.
+struct Tensor4 {
+  void* data = nullptr;  // null: the tensor is absent
+  Type type = Type::single;
+  int64_t stride[4] = {0, 0, 0, 0};
+};
+
+// Keys come in panels of this many, so that a panel of D x 64 floats stays in the first-level cache.
+constexpr int64_t kPanel = 64;
+// Scratch rows of the head dimension are padded with zeros to a multiple of this, the widest vector.
+constexpr int64_t kPad = 16;
+// Rows and keys of one tile of the backward and weights kernels.
+constexpr int64_t kTileRows = 96;
+constexpr int64_t kTileKeys = 128;
+
+constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// What decides the probabilities P (B, H, L, S), and the dropout factors applied to them.
+struct Problem {
+  int64_t batch, heads, key_heads, rows, keys, dim;
+  float scale;
+  int64_t lower, upper;  // entry (i, j) takes part where lower <= j - i <= upper; clamped to [-(L + S), L + S]
+  Tensor4 query;         // (B, H, L, D)
+  Tensor4 key;           // (B, G, S, D)
+  Tensor4 attn_mask;     // (B, H, L, S), boolean (true takes part) or floating (added); may be absent
+  bool padded;           // a key padding mask was given
+  const float* key_bias;     // (B, S rounded up to kPanel): that mask as addends, -inf for a masked key and beyond S
+  const int64_t* key_begin;  // (B): the first key that is not masked by padding
+  const int64_t* key_end;    // (B): one past the last
+  uint64_t seed;
+  uint32_t drop_below;  // an entry is dropped where the top 24 bits of its random word are below this; 0: no dropout
+  float keep_scale;     // 1 / (1 - dropout_p)
+
+  int64_t group() const { return heads / key_heads; }
+  int64_t padded_dim() const { return round_up(dim, kPad); }
+  int64_t padded_keys() const { return round_up(keys, kPanel); }
+};
+
+enum class WeightsMode : uint8_t { none, mean, per_head };
+
+// Tasks: forward_pack, one per (batch, key head); then forward_tile, one per (batch, row tile) with all heads where the
+// weights are averaged, else one per (batch, head, row tile). No two tasks write the same memory.
+struct Forward {
+  Problem problem;
+  Tensor4 value;        // (B, G, S, D)
+  float* packed_key;    // (B, G, S / kPanel, D, kPanel), the keys transposed panel by panel; written by forward_pack
+  float* packed_value;  // (B, G, S rounded up to kPanel, padded_dim); written by forward_pack
+  Tensor4 out;          // (B, H, L, D), written
+  float* logsumexp;     // (B, H, L) contiguous, written
+  WeightsMode mode;
+  Tensor4 weights;    // (B, 1, L, S) or (B, H, L, S) contiguous, written
+  int64_t tile_rows;  // rows of one task
+
+  int64_t tiles() const { return (problem.rows + tile_rows - 1) / tile_rows; }
+  int64_t tasks() const { return problem.batch * tiles() * (mode == WeightsMode::mean ? 1 : problem.heads); }
+};
+
+// The weights from the logsumexp; tasks as forward_tile's.
+struct Weights {
+  Problem problem;
+  const float* packed_key;  // as in Forward
+  const float* logsumexp;   // (B, H, L) contiguous
+  WeightsMode mode;         // mean or per_head
+  Tensor4 weights;          // as in Forward
+
+  int64_t tiles() const { return (problem.rows + kTileRows - 1) / kTileRows; }
+  int64_t tasks() const { return problem.batch * tiles() * (mode == WeightsMode::mean ? 1 : problem.heads); }
+};
+
+// Gradients of the attention, or of the weights (then grad_weights is there and value, grad_out, row_term are not).
+//
+// One task owns a set of (batch, key head) pairs and a range of keys. A pair belongs to one set; pairs that share a
+// slice of a mask whose gradient is wanted are in the same set, so that no two tasks write the same memory. The ranges
+// ("splits") exist so that few pairs still make enough tasks; what must be summed over them goes to partial sums that
+// the driver adds in a fixed order. Sets and splits depend on shapes alone, never on the number of threads.
+struct Backward {
+  Problem problem;
+  Tensor4 value;            // (B, G, S, D) or absent
+  Tensor4 grad_out;         // (B, H, L, D) or absent
+  Tensor4 grad_weights;     // (B, H, L, S), broadcast over heads for averaged weights, or absent
+  float grad_weights_scale; // 1, or 1 / H for averaged weights
+  const float* logsumexp;   // (B, H, L) contiguous
+  const float* row_term;    // (B, H, L) contiguous: delta - grad_logsumexp, see dS in backward_tile.h; or null
+  Tensor4 dquery;           // (B, H, L, D); with several splits the float32 partial sums (splits, B, H, L, D)
+  int64_t dquery_split;     // stride between the splits' partial sums
+  Tensor4 dkey, dvalue;     // (B, G, S, D); dvalue may be absent
+  float* dlogsumexp;        // (splits, B, H, L) contiguous, or null; only for the weights
+  float* dpadding;          // (B, G, S) contiguous partial sums over the heads of a group and the rows, or null
+  Tensor4 dmask;            // float32, zero-filled by the driver, stride 0 along broadcast axes; or absent
+  bool mask_over_batch;     // dmask is shared by all batches
+  bool mask_over_heads;     // dmask is shared by all heads
+  int64_t splits;
+
+  int64_t sets() const {
+    return (mask_over_batch ? 1 : problem.batch) * (mask_over_heads ? 1 : problem.key_heads);
+  }
+  int64_t tasks() const { return sets() * splits; }
+  int64_t split_keys() const {  // keys of one split, a multiple of kPanel
+    return round_up((problem.keys + splits - 1) / splits, kPanel);
+  }
+};
+
+// The functions of one instruction set. Scratch is 64-byte aligned, uninitialised, private to the running task.
+struct Kernels {
+  const char* name;
+  void (*forward_pack)(const Forward&, int64_t task);
+  int64_t (*forward_scratch)(const Forward&);  // floats
+  void (*forward_tile)(const Forward&, int64_t task, float* scratch);
+  void (*weights_pack)(const Weights&, float* packed_key, int64_t task);
+  int64_t (*weights_scratch)(const Weights&);
+  void (*weights_tile)(const Weights&, int64_t task, float* scratch);
+  int64_t (*backward_scratch)(const Backward&);
+  void (*backward_task)(const Backward&, int64_t task, float* scratch);
+  // (B, H, L) row_term: <grad_out, out> over D for one (batch, head)
+  void (*row_dot)(const Problem&, const Tensor4& grad_out, const Tensor4& out, float* result, int64_t task);
+};
+
+// The table for this processor, or the one chosen by use_instruction_set.
+const Kernels& kernels();
+
+}  // namespace fastattn

@@ -1,0 +1,85 @@
+// The driver of the forward and of the weights from the logsumexp: checks, allocation, tasks.
+#include "attention.h"
+
+#include <ATen/ops/empty.h>
+
+namespace fastattn {
+
+// Rows of a forward task. 48 rows fill the register blocks of 6 and 12 rows and make scores of 48 x 128 stay near; with
+// weights for many keys the tile of exponentials is as long as the keys, and fewer rows keep it in the second-level
+// cache.
+static int64_t forward_rows(WeightsMode mode, int64_t keys) {
+  return mode != WeightsMode::none && keys > 2048 ? 24 : 48;
+}
+
+static at::Tensor empty_weights(const Problem& p, WeightsMode mode, const at::Tensor& query) {
+  switch (mode) {
+    case WeightsMode::none: return at::empty({0}, query.options());
+    case WeightsMode::mean: return at::empty({p.batch, p.rows, p.keys}, query.options());
+    default: return at::empty({p.batch, p.heads, p.rows, p.keys}, query.options());
+  }
+}
+
+static Tensor4 weights4(const at::Tensor& weights, WeightsMode mode) {
+  if (mode == WeightsMode::none) return {};
+  return tensor4(mode == WeightsMode::mean ? weights.unsqueeze(1) : weights);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const ProblemArgs& args,
+    int64_t weights_mode) {
+  const OwnedProblem owned(query, key, args);
+  check_tensor("value", value, key.sizes(), query.scalar_type());
+  TORCH_CHECK_VALUE(weights_mode >= 0 && weights_mode <= 2, "weights_mode: got ", weights_mode, ", expected 0, 1, 2");
+
+  Forward f{};
+  f.problem = owned.problem;
+  const Problem& p = f.problem;
+  f.mode = static_cast<WeightsMode>(weights_mode);
+  f.tile_rows = forward_rows(f.mode, p.keys);
+  at::Tensor out = empty_heads_last(query);
+  at::Tensor logsumexp = at::empty({p.batch, p.heads, p.rows}, query.options().dtype(at::kFloat));
+  at::Tensor weights = empty_weights(p, f.mode, query);
+  if (p.heads == 0) return {out, logsumexp, weights.zero_()};
+  const int64_t planes = p.batch * p.key_heads;
+  const at::Tensor packed_key = at::empty({planes, p.padded_keys(), p.dim}, at::kFloat);
+  const at::Tensor packed_value = at::empty({planes, p.padded_keys(), p.padded_dim()}, at::kFloat);
+  f.value = tensor4(value);
+  f.packed_key = packed_key.data_ptr<float>();
+  f.packed_value = packed_value.data_ptr<float>();
+  f.out = tensor4(out);
+  f.logsumexp = logsumexp.data_ptr<float>();
+  f.weights = weights4(weights, f.mode);
+
+  const Kernels& k = kernels();
+  run_tasks(planes, 0, [&](int64_t task, float*) { k.forward_pack(f, task); });
+  run_tasks(f.tasks(), k.forward_scratch(f), [&](int64_t task, float* scratch) { k.forward_tile(f, task, scratch); });
+  return {out, logsumexp, weights};
+}
+
+at::Tensor attention_weights(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp, const ProblemArgs& args,
+    bool average) {
+  const OwnedProblem owned(query, key, args);
+  check_tensor("logsumexp", logsumexp, query.sizes().slice(0, 3), at::kFloat);
+
+  Weights w{};
+  w.problem = owned.problem;
+  const Problem& p = w.problem;
+  w.mode = average ? WeightsMode::mean : WeightsMode::per_head;
+  at::Tensor weights = empty_weights(p, w.mode, query);
+  if (p.heads == 0) return weights.zero_();
+  const int64_t planes = p.batch * p.key_heads;
+  const at::Tensor packed_key = at::empty({planes, p.padded_keys(), p.dim}, at::kFloat);
+  const at::Tensor dense_logsumexp = logsumexp.contiguous();
+  w.packed_key = packed_key.data_ptr<float>();
+  w.logsumexp = dense_logsumexp.const_data_ptr<float>();
+  w.weights = weights4(weights, w.mode);
+
+  const Kernels& k = kernels();
+  run_tasks(planes, 0, [&](int64_t task, float*) { k.weights_pack(w, packed_key.data_ptr<float>(), task); });
+  run_tasks(w.tasks(), k.weights_scratch(w), [&](int64_t task, float* scratch) { k.weights_tile(w, task, scratch); });
+  return weights;
+}
+
+}  // namespace fastattn

@@ -1,0 +1,113 @@
+// Reading and writing tensors of every type as float32 tiles. Part of kernels.inc.h.
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+static inline uint32_t bits_of(float x) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  return u;
+}
+
+static inline float float_of(uint32_t u) {
+  float x;
+  __builtin_memcpy(&x, &u, 4);
+  return x;
+}
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(double x) { return (float)x; }
+static inline float to_float(BFloat16 x) { return float_of((uint32_t)x.bits << 16); }
+
+// The exponents of the two formats differ by 112 in their bias; the product also normalises subnormal halves.
+static inline float to_float(Half x) {
+  const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
+  const float finite = float_of(magnitude) * 0x1p112f;
+  const uint32_t bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : bits_of(finite);
+  return float_of(bits | (uint32_t)(x.bits & 0x8000u) << 16);
+}
+
+static inline void from_float(float x, float* y) { *y = x; }
+static inline void from_float(float x, double* y) { *y = x; }
+
+// Round to nearest, ties to even: half a unit less one, plus the last bit that stays.
+static inline void from_float(float x, BFloat16* y) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  y->bits = (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+static inline void from_float(float x, Half* y) {
+  const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffffu;
+  // Below 2**-14 a half is a multiple of 2**-24, the unit of 0.5f: adding 0.5 rounds to it.
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
+  result = magnitude >= 0x477ff000u ? 0x7c00u : result;
+  result = magnitude > 0x7f800000u ? 0x7e00u : result;
+  y->bits = (uint16_t)(result | (bits >> 16 & 0x8000u));
+}
+
+// Calls f with a null pointer of the element type: the type as a compile-time argument.
+template <class F>
+static inline void with_float_type(Type type, F f) {
+  switch (type) {
+    case Type::half: return f((Half*)nullptr);
+    case Type::bfloat16: return f((BFloat16*)nullptr);
+    case Type::twice: return f((double*)nullptr);
+    default: return f((float*)nullptr);
+  }
+}
+
+static inline char* at(const Tensor4& t, int64_t i, int64_t j, int64_t k, int64_t l) {
+  const int64_t size = t.type == Type::boolean ? 1 : t.type == Type::twice ? 8 : t.type == Type::single ? 4 : 2;
+  return (char*)t.data + size * (i * t.stride[0] + j * t.stride[1] + k * t.stride[2] + l * t.stride[3]);
+}
+
+// Rows [row, row + rows) of t[b, h], times a factor, to dst with leading dimension dst_row; columns from `columns` to
+// its multiple of kPad are zero.
+static void load_rows(
+    const Tensor4& t, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t columns, float factor, float* dst,
+    int64_t dst_row) {
+  const int64_t padded = round_up(columns, kPad), step = t.stride[3];
+  with_float_type(t.type, [&](auto* type) {
+    using T = __typeof__(*type);
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* src = (const T*)at(t, b, h, row + i, 0);
+      float* to = dst + i * dst_row;
+      if (step == 1)
+        for (int64_t j = 0; j < columns; ++j) to[j] = to_float(src[j]) * factor;
+      else
+        for (int64_t j = 0; j < columns; ++j) to[j] = to_float(src[j * step]) * factor;
+      for (int64_t j = columns; j < padded; ++j) to[j] = 0.0f;
+    }
+  });
+}
+
+// The same rows transposed into one panel (columns, kPanel); rows beyond `rows` are zero.
+static void load_panel(
+    const Tensor4& t, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t columns, float* dst) {
+  with_float_type(t.type, [&](auto* type) {
+    using T = __typeof__(*type);
+    for (int64_t i0 = 0; i0 < kPanel; i0 += 16)  // one cache line of the panel at a time
+      for (int64_t j = 0; j < columns; ++j) {
+        float* to = dst + j * kPanel + i0;
+        const T* src = (const T*)at(t, b, h, row + i0, j);
+        const int64_t here = max(0, min(16, rows - i0));
+        for (int64_t i = 0; i < here; ++i) to[i] = to_float(src[i * t.stride[2]]);
+        for (int64_t i = here; i < 16; ++i) to[i] = 0.0f;
+      }
+  });
+}
+
+// One row of n floats, times a factor, to dst of the given type.
+static void store_row(const float* src, int64_t n, float factor, void* dst, Type type) {
+  with_float_type(type, [&](auto* to) {
+    to = (__typeof__(to))dst;
+    for (int64_t j = 0; j < n; ++j) from_float(src[j] * factor, to + j);
+  });
+}

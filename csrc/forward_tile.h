@@ -1,0 +1,172 @@
+// The forward of one row tile: online softmax over blocks of keys. Part of kernels.inc.h.
+//
+// Method: Dao et al., "FlashAttention", 2022. Where the weights are wanted, the exponentials of the whole row tile are
+// kept until its maximum is known; each block remembers the pivot it was computed with.
+
+constexpr int64_t kBlockKeys = 128;
+
+static void forward_pack(const Forward& f, int64_t task) {
+  const Problem& p = f.problem;
+  const int64_t b = task / p.key_heads, g = task % p.key_heads;
+  float* key = f.packed_key + task * p.padded_keys() * p.dim;
+  float* value = f.packed_value + task * p.padded_keys() * p.padded_dim();
+  const KeyRange range = key_range(p, b, 0, p.rows);
+  for (int64_t j = range.begin; j < range.end; j += kPanel) {
+    const int64_t here = min(kPanel, p.keys - j);
+    load_panel(p.key, b, g, j, here, p.dim, key + j * p.dim);
+    float* to = value + j * p.padded_dim();
+    load_rows(f.value, b, g, j, here, p.dim, 1.0f, to, p.padded_dim());
+    for (int64_t i = here * p.padded_dim(); i < kPanel * p.padded_dim(); ++i) to[i] = 0.0f;
+  }
+}
+
+// Pointers into the scratch of one task.
+struct ForwardScratch {
+  float* query;    // (tile_rows, padded_dim)
+  float* out;      // (tile_rows, padded_dim)
+  float* maximum;  // (tile_rows): of the scores so far
+  float* sum;      // (tile_rows): of exp(score - pivot) so far
+  float* factors;  // (tile_rows, kBlockKeys): dropout of one block, if any
+  float* pivots;   // (blocks, tile_rows): what was subtracted from the scores of that block
+  float* scores;   // (tile_rows, score_row): one block, or all keys where weights are wanted
+  float* average;  // (tile_rows, padded_keys): averaged weights, if their type is not float
+  int64_t score_row, size;
+
+  ForwardScratch(const Forward& f, float* base) {
+    const Problem& p = f.problem;
+    const int64_t rows = f.tile_rows, row_floats = round_up(rows, 16);
+    const bool keep = f.mode != WeightsMode::none;
+    // 16 floats more than the keys, so that the rows of a tile do not all fall into the same cache sets.
+    score_row = (keep ? p.padded_keys() : kBlockKeys) + 16;
+    const int64_t blocks = keep ? p.padded_keys() / kBlockKeys + 1 : 1;
+    size = 0;
+    const auto take = [&](int64_t floats) {
+      float* here = base + size;
+      size += round_up(floats, 16);
+      return here;
+    };
+    query = take(rows * p.padded_dim());
+    out = take(rows * p.padded_dim());
+    maximum = take(row_floats);
+    sum = take(row_floats);
+    factors = take(p.drop_below ? rows * kBlockKeys : 0);
+    pivots = take(blocks * rows);
+    scores = take(rows * score_row);
+    average = take(f.mode == WeightsMode::mean && f.weights.type != Type::single ? rows * p.padded_keys() : 0);
+  }
+};
+
+static int64_t forward_scratch(const Forward& f) { return ForwardScratch(f, nullptr).size; }
+
+// exp(scores - pivot) in place; updates the running maximum and sum and scales what was accumulated in `out` to the new
+// pivot. A row without a key so far has maximum -inf; its pivot 0 makes exp(-inf) = 0 instead of NaN.
+static void softmax_step(
+    float* scores, int64_t score_row, int64_t rows, int64_t columns, float* maximum, float* sum, float* pivots,
+    float* out, int64_t out_row) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float* s = scores + i * score_row;
+    vec top[4] = {load(s), load(s + kLanes), load(s + 2 * kLanes), load(s + 3 * kLanes)};
+    for (int64_t j = 4 * kLanes; j < columns; j += 4 * kLanes)
+      for (int v = 0; v < 4; ++v) top[v] = max(load(s + j + v * kLanes), top[v]);
+    const float here = max_lanes(max(max(top[0], top[1]), max(top[2], top[3])));
+    const float before = maximum[i];
+    const float highest = here > before ? here : before;
+    const float pivot = highest == -kInfinity ? 0.0f : highest;
+    if (highest != before) {
+      const float correction = before == -kInfinity ? 0.0f : exp(before - pivot);
+      sum[i] *= correction;
+      for (int64_t d = 0; d < out_row; d += kLanes) store(out + i * out_row + d, load(out + i * out_row + d) * correction);
+      maximum[i] = highest;
+    }
+    pivots[i] = pivot;
+    vec total[4] = {};
+    for (int64_t j = 0; j < columns; j += 4 * kLanes)
+      for (int v = 0; v < 4; ++v) {
+        const vec e = exp(load(s + j + v * kLanes) - pivot);
+        store(s + j + v * kLanes, e);
+        total[v] += e;
+      }
+    sum[i] += sum_lanes((total[0] + total[1]) + (total[2] + total[3]));
+  }
+}
+
+static void multiply_tile(float* tile, int64_t tile_row, int64_t rows, int64_t columns, const float* factors) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) tile[i * tile_row + j] *= factors[i * columns + j];
+}
+
+// Output and logsumexp of one head, from the accumulated sums.
+static void store_head(const Forward& f, int64_t b, int64_t h, int64_t row, int64_t rows, const ForwardScratch& s) {
+  const Problem& p = f.problem;
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool empty = s.maximum[i] == -kInfinity;
+    const float inverse = empty ? 0.0f : 1.0f / s.sum[i];
+    store_row(s.out + i * p.padded_dim(), p.dim, inverse, at(f.out, b, h, row + i, 0), f.out.type);
+    f.logsumexp[(b * p.heads + h) * p.rows + row + i] =
+        empty ? -kInfinity : s.maximum[i] + __builtin_logf(s.sum[i]);
+  }
+}
+
+// The weights of one head from its exponentials, into the average or to their own place.
+static void store_weights(
+    const Forward& f, int64_t b, int64_t h, int64_t row, int64_t rows, KeyRange range, const ForwardScratch& s) {
+  const Problem& p = f.problem;
+  const bool mean = f.mode == WeightsMode::mean;
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool empty = s.maximum[i] == -kInfinity;
+    const float inverse = empty ? 0.0f : 1.0f / s.sum[i];
+    for (int64_t j = range.begin, block = 0; j < range.end; j += kBlockKeys, ++block) {
+      const float pivot = s.pivots[block * f.tile_rows + i];
+      const float factor = empty ? 0.0f : inverse * (pivot == s.maximum[i] ? 1.0f : exp(pivot - s.maximum[i]));
+      const float* from = s.scores + i * s.score_row + (j - range.begin);
+      const int64_t n = min(min(kBlockKeys, range.end - j), p.keys - j);
+      if (mean)
+        average_row(
+            f.weights, b, row + i, s.average + i * p.padded_keys(), j, n, from, factor / (float)p.heads, h == 0);
+      else
+        store_row(from, n, factor, at(f.weights, b, h, row + i, j), f.weights.type);
+    }
+  }
+}
+
+static void forward_head(
+    const Forward& f, int64_t b, int64_t h, int64_t row, int64_t rows, KeyRange range, const ForwardScratch& s) {
+  const Problem& p = f.problem;
+  const int64_t dim = p.padded_dim(), key_head = b * p.key_heads + h / p.group();
+  const float* key = f.packed_key + key_head * p.padded_keys() * p.dim;
+  const float* value = f.packed_value + key_head * p.padded_keys() * dim;
+  load_rows(p.query, b, h, row, rows, p.dim, p.scale, s.query, dim);
+  for (int64_t i = 0; i < rows * dim; ++i) s.out[i] = 0.0f;
+  for (int64_t i = 0; i < rows; ++i) {
+    s.maximum[i] = -kInfinity;
+    s.sum[i] = 0.0f;
+  }
+  const bool keep = f.mode != WeightsMode::none;
+  for (int64_t j = range.begin, block = 0; j < range.end; j += kBlockKeys, ++block) {
+    const int64_t columns = min(kBlockKeys, range.end - j);
+    float* scores = s.scores + (keep ? j - range.begin : 0);
+    float* pivots = s.pivots + (keep ? block * f.tile_rows : 0);
+    score_tile(p, b, h, row, rows, j, columns, s.query, key + j * p.dim, scores, s.score_row);
+    softmax_step(scores, s.score_row, rows, columns, s.maximum, s.sum, pivots, s.out, dim);
+    if (p.drop_below) {
+      dropout_tile(p, b, h, row, rows, j, columns, s.factors);
+      multiply_tile(scores, s.score_row, rows, columns, s.factors);
+    }
+    gemm(rows, dim, columns, {scores, s.score_row, 1}, value + j * dim, dim, s.out, dim, true);
+  }
+  store_head(f, b, h, row, rows, s);
+  if (keep) store_weights(f, b, h, row, rows, range, s);
+}
+
+static void forward_tile(const Forward& f, int64_t task, float* scratch) {
+  const Problem& p = f.problem;
+  const ForwardScratch s(f, scratch);
+  const int64_t row = task % f.tiles() * f.tile_rows, rows = min(f.tile_rows, p.rows - row);
+  const int64_t plane = task / f.tiles();
+  const bool mean = f.mode == WeightsMode::mean;
+  const int64_t b = mean ? plane : plane / p.heads;
+  const KeyRange range = key_range(p, b, row, rows);
+  const int64_t first = mean ? 0 : plane % p.heads, last = mean ? p.heads : first + 1;
+  for (int64_t h = first; h < last; ++h) forward_head(f, b, h, row, rows, range, s);
+  if (f.mode != WeightsMode::none) finish_weights(p, f.weights, mean, b, first, row, rows, range, s.average);
+}

@@ -1,0 +1,81 @@
+// The matrix product of one tile, blocked over registers. Part of kernels.inc.h.
+//
+// C (M, N) = or += A (M, K) B (K, N). An element of A is A[m * a_row + k * a_k], so A may be transposed; B and C have
+// contiguous rows with leading dimensions b_row and c_row. N is a multiple of kPad: callers pad with zeros.
+
+struct Matrix {
+  const float* data;
+  int64_t row, column;  // strides
+};
+
+// ROWS x VECTORS accumulators stay in registers over the whole K loop.
+template <int ROWS, int VECTORS>
+__attribute__((always_inline)) static inline void micro_kernel(
+    int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_row, float* c, int64_t c_row,
+    bool accumulate) {
+  vec sum[ROWS][VECTORS];
+  for (int m = 0; m < ROWS; ++m)
+    for (int v = 0; v < VECTORS; ++v) sum[m][v] = accumulate ? load(c + m * c_row + v * kLanes) : vec{};
+  for (int64_t k = 0; k < K; ++k) {
+    vec right[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) right[v] = load(b + v * kLanes);
+    for (int m = 0; m < ROWS; ++m) {
+      const vec left = splat(a[m * a_row]);
+      for (int v = 0; v < VECTORS; ++v) sum[m][v] += left * right[v];
+    }
+    a += a_k;
+    b += b_row;
+  }
+  for (int m = 0; m < ROWS; ++m)
+    for (int v = 0; v < VECTORS; ++v) store(c + m * c_row + v * kLanes, sum[m][v]);
+}
+
+template <int ROWS, int VECTORS>
+static void micro_rows(
+    int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_row, float* c, int64_t c_row,
+    bool accumulate) {
+  micro_kernel<ROWS, VECTORS>(K, a, a_row, a_k, b, b_row, c, c_row, accumulate);
+}
+
+// The last M < ROWS + 1 rows: the kernel of exactly that height.
+template <int ROWS, int VECTORS>
+static inline void last_rows(
+    int64_t M, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_row, float* c,
+    int64_t c_row, bool accumulate) {
+  if constexpr (ROWS > 0) {
+    if (M == ROWS) return micro_rows<ROWS, VECTORS>(K, a, a_row, a_k, b, b_row, c, c_row, accumulate);
+    last_rows<ROWS - 1, VECTORS>(M, K, a, a_row, a_k, b, b_row, c, c_row, accumulate);
+  }
+}
+
+// All rows of a strip of VECTORS registers of columns.
+template <int VECTORS>
+static void strip(
+    int64_t M, int64_t K, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, bool accumulate) {
+  constexpr int rows = kAccumulators / VECTORS < kMaxRows ? kAccumulators / VECTORS : kMaxRows;
+  int64_t m = 0;
+  for (; m + rows <= M; m += rows)
+    micro_rows<rows, VECTORS>(
+        K, a.data + m * a.row, a.row, a.column, b, b_row, c + m * c_row, c_row, accumulate);
+  last_rows<rows - 1, VECTORS>(
+      M - m, K, a.data + m * a.row, a.row, a.column, b, b_row, c + m * c_row, c_row, accumulate);
+}
+
+template <int VECTORS>
+static inline void last_strip(
+    int64_t vectors, int64_t M, int64_t K, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row,
+    bool accumulate) {
+  if constexpr (VECTORS > 0) {
+    if (vectors == VECTORS) return strip<VECTORS>(M, K, a, b, b_row, c, c_row, accumulate);
+    last_strip<VECTORS - 1>(vectors, M, K, a, b, b_row, c, c_row, accumulate);
+  }
+}
+
+static void gemm(
+    int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row,
+    bool accumulate) {
+  int64_t n = 0;
+  for (; n + kMaxVectors * kLanes <= N; n += kMaxVectors * kLanes)
+    strip<kMaxVectors>(M, K, a, b + n, b_row, c + n, c_row, accumulate);
+  last_strip<kMaxVectors - 1>((N - n) / kLanes, M, K, a, b + n, b_row, c + n, c_row, accumulate);
+}

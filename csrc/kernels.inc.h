@@ -1,0 +1,34 @@
+// Every kernel for one instruction set. The including file says which: it defines ISA, a namespace of its own, and
+//
+//     kLanes         floats in a vector register
+//     kMaxVectors    registers across one register block of the matrix product
+//     kAccumulators  accumulators of a block: the register file less what the operands need
+//     kMaxRows       most rows of a block
+//
+// Nothing from a standard or torch header may be called here: a shared inline function compiled for AVX-512 could be
+// the copy that the linker keeps for everyone. So the headers below have no includes and no include guards.
+
+namespace fastattn {
+namespace ISA {
+namespace {
+
+#include "vec.h"
+#include "gemm.h"
+#include "convert.h"
+#include "philox.h"
+#include "score_tile.h"
+#include "weights_rows.h"
+#include "forward_tile.h"
+#include "weights_tile.h"
+#include "backward_tile.h"
+
+}  // namespace
+
+extern const Kernels table;
+const Kernels table = {
+    ISA_NAME,     forward_pack,     forward_scratch, forward_tile, weights_pack, weights_scratch,
+    weights_tile, backward_scratch, backward_task,   row_dot,
+};
+
+}  // namespace ISA
+}  // namespace fastattn

@@ -1,0 +1,24 @@
+// The kernels for AVX2 with FMA: 16 registers of 8 floats.
+#include "attention_cpu.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace fastattn {
+namespace avx2 {
+constexpr int kLanes = 8, kMaxVectors = 2, kAccumulators = 12, kMaxRows = 6;
+}  // namespace avx2
+}  // namespace fastattn
+
+#define ISA avx2
+#define ISA_NAME "avx2"
+#include "kernels.inc.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,24 @@
+// The kernels for AVX-512: 32 registers of 16 floats.
+#include "attention_cpu.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+namespace fastattn {
+namespace avx512 {
+constexpr int kLanes = 16, kMaxVectors = 4, kAccumulators = 24, kMaxRows = 12;
+}  // namespace avx512
+}  // namespace fastattn
+
+#define ISA avx512
+#define ISA_NAME "avx512"
+#include "kernels.inc.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,17 @@
+// The kernels in the instructions every processor of the architecture has: SSE2 on x86-64, NEON on 64-bit Arm.
+#include "attention_cpu.h"
+
+namespace fastattn {
+namespace portable {
+constexpr int kLanes = 4;
+#if defined(__aarch64__)
+constexpr int kMaxVectors = 4, kAccumulators = 24, kMaxRows = 8;
+#else
+constexpr int kMaxVectors = 2, kAccumulators = 12, kMaxRows = 6;
+#endif
+}  // namespace portable
+}  // namespace fastattn
+
+#define ISA portable
+#define ISA_NAME "portable"
+#include "kernels.inc.h"

@@ -1,0 +1,145 @@
+#include "problem.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace fastattn {
+
+static Type type_of(const char* name, const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kBool: return Type::boolean;
+    case at::kHalf: return Type::half;
+    case at::kBFloat16: return Type::bfloat16;
+    case at::kFloat: return Type::single;
+    case at::kDouble: return Type::twice;
+    default: TORCH_CHECK_TYPE(false, name, ": got dtype ", tensor.scalar_type(), ", expected bool or a float type");
+  }
+}
+
+Tensor4 tensor4(const at::Tensor& tensor) {
+  Tensor4 result;
+  result.data = tensor.data_ptr();
+  result.type = type_of("tensor", tensor);
+  for (int64_t axis = 0; axis < 4; ++axis) result.stride[axis] = tensor.size(axis) == 1 ? 0 : tensor.stride(axis);
+  return result;
+}
+
+static void check_cpu(const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(
+      tensor.device().is_cpu() && tensor.layout() == at::kStrided, name, ": got a ", tensor.layout(), " tensor on ",
+      tensor.device(), ", expected a strided one on the CPU");
+}
+
+void check_tensor(const char* name, const at::Tensor& tensor, at::IntArrayRef shape, at::ScalarType type) {
+  check_cpu(name, tensor);
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, ": got shape ", tensor.sizes(), ", expected ", shape);
+  TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, ": got dtype ", tensor.scalar_type(), ", expected ", type);
+}
+
+void check_gradient(const char* name, const at::Tensor& tensor, at::IntArrayRef shape) {
+  check_cpu(name, tensor);
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, ": got shape ", tensor.sizes(), ", expected ", shape);
+  TORCH_CHECK_TYPE(at::isFloatingType(tensor.scalar_type()), name, ": got dtype ", tensor.scalar_type());
+  type_of(name, tensor);
+}
+
+static void check_inputs(const at::Tensor& query, const at::Tensor& key) {
+  check_cpu("query", query);
+  TORCH_CHECK_VALUE(query.dim() == 4, "query: got shape ", query.sizes(), ", expected (B, H, L, D)");
+  const auto type = query.scalar_type();
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kHalf || type == at::kBFloat16, "query: got dtype ", type,
+      ", expected float32, float16 or bfloat16");
+  TORCH_CHECK_VALUE(query.size(3) >= 1, "query: got head dimension 0");
+  check_cpu("key", key);
+  TORCH_CHECK_VALUE(
+      key.dim() == 4 && key.size(0) == query.size(0) && key.size(3) == query.size(3), "key: got shape ", key.sizes(),
+      ", expected (", query.size(0), ", Hkv, S, ", query.size(3), ")");
+  TORCH_CHECK_TYPE(key.scalar_type() == type, "key: got dtype ", key.scalar_type(), ", expected ", type);
+  const int64_t heads = query.size(1), key_heads = key.size(1);
+  TORCH_CHECK_VALUE(
+      key_heads == 0 ? heads == 0 : heads % key_heads == 0, "key: got ", key_heads, " heads, not a divisor of query's ",
+      heads);
+}
+
+static void check_masks(const ProblemArgs& args, at::IntArrayRef scores) {
+  if (args.attn_mask) {
+    const at::Tensor& mask = *args.attn_mask;
+    check_cpu("attn_mask", mask);
+    type_of("attn_mask", mask);
+    bool fits = mask.dim() == 4;
+    for (int64_t axis = 0; fits && axis < 4; ++axis) fits = mask.size(axis) == 1 || mask.size(axis) == scores[axis];
+    TORCH_CHECK_VALUE(fits, "attn_mask: got shape ", mask.sizes(), ", expected one that broadcasts to ", scores);
+  }
+  if (args.key_padding_mask) {
+    const at::Tensor& mask = *args.key_padding_mask;
+    check_cpu("key_padding_mask", mask);
+    type_of("key_padding_mask", mask);
+    TORCH_CHECK_VALUE(
+        mask.dim() == 2 && mask.size(0) == scores[0] && mask.size(1) == scores[3], "key_padding_mask: got shape ",
+        mask.sizes(), ", expected (", scores[0], ", ", scores[3], ")");
+  }
+}
+
+// The padding mask as addends, and for each batch the range of its keys that take part.
+static void read_padding(OwnedProblem& owned, const std::optional<at::Tensor>& mask) {
+  Problem& p = owned.problem;
+  constexpr float masked = -std::numeric_limits<float>::infinity();
+  p.padded = mask.has_value();
+  owned.key_bias = at::full({p.batch, p.padded_keys()}, masked, at::kFloat);
+  owned.key_begin = at::zeros({p.batch}, at::kLong);
+  owned.key_end = at::full({p.batch}, p.keys, at::kLong);
+  at::Tensor real = owned.key_bias.narrow(1, 0, p.keys);
+  if (!mask) {
+    real.zero_();
+  } else if (mask->scalar_type() == at::kBool) {
+    real.masked_fill_(*mask, 0.0);
+  } else {
+    real.copy_(*mask);
+  }
+  p.key_bias = owned.key_bias.const_data_ptr<float>();
+  int64_t *begin = owned.key_begin.data_ptr<int64_t>(), *end = owned.key_end.data_ptr<int64_t>();
+  for (int64_t b = 0; mask && b < p.batch; ++b) {
+    const float* bias = p.key_bias + b * p.padded_keys();
+    while (begin[b] < end[b] && bias[begin[b]] == masked) ++begin[b];
+    while (begin[b] < end[b] && bias[end[b] - 1] == masked) --end[b];
+  }
+  p.key_begin = begin;
+  p.key_end = end;
+}
+
+OwnedProblem::OwnedProblem(const at::Tensor& query, const at::Tensor& key, const ProblemArgs& args) {
+  check_inputs(query, key);
+  Problem& p = problem;
+  p.batch = query.size(0);
+  p.heads = query.size(1);
+  p.rows = query.size(2);
+  p.dim = query.size(3);
+  p.key_heads = key.size(1);
+  p.keys = key.size(2);
+  check_masks(args, {p.batch, p.heads, p.rows, p.keys});
+  TORCH_CHECK_VALUE(
+      args.dropout_p >= 0.0 && args.dropout_p <= 1.0, "dropout_p: got ", args.dropout_p, ", expected 0 to 1");
+  p.scale = static_cast<float>(args.scale);
+  const int64_t open = p.rows + p.keys;
+  p.lower = std::clamp(args.lower.value_or(-open), -open, open);
+  p.upper = std::clamp(args.upper.value_or(open), -open, open);
+  p.query = tensor4(query);
+  p.key = tensor4(key);
+  if (args.attn_mask) p.attn_mask = tensor4(*args.attn_mask);
+  p.seed = static_cast<uint64_t>(args.seed);
+  p.drop_below = static_cast<uint32_t>(std::ceil(args.dropout_p * 16777216.0));
+  p.keep_scale = args.dropout_p < 1.0 ? static_cast<float>(1.0 / (1.0 - args.dropout_p)) : 0.0f;
+  read_padding(*this, args.key_padding_mask);
+}
+
+at::Tensor empty_heads_last(const at::Tensor& like) {
+  return at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options()).transpose(1, 2);
+}
+
+}  // namespace fastattn

@@ -1,0 +1,62 @@
+// From tensors to the structs of attention_cpu.h: the checks, and what both forward and backward need.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/Parallel.h>
+
+#include <atomic>
+#include <memory>
+#include <new>
+#include <optional>
+
+#include "attention_cpu.h"
+
+namespace fastattn {
+
+// The arguments that every operator of fastattn/kernels/attention/op.py shares.
+struct ProblemArgs {
+  std::optional<at::Tensor> attn_mask;         // (B, H, L, S) after broadcasting; bool (true takes part) or floating
+  std::optional<at::Tensor> key_padding_mask;  // (B, S), bool (true takes part) or floating
+  int64_t seed;
+  double dropout_p;
+  double scale;
+  std::optional<int64_t> lower, upper;
+};
+
+// A Problem and the memory its pointers refer to.
+struct OwnedProblem {
+  Problem problem;
+  at::Tensor key_bias, key_begin, key_end;
+
+  // Throws c10::Error unless query (B, H, L, D), key (B, G, S, D) and the masks fit together.
+  OwnedProblem(const at::Tensor& query, const at::Tensor& key, const ProblemArgs& args);
+};
+
+// The tensor's memory and strides; axes of size 1 get stride 0, so that they broadcast.
+Tensor4 tensor4(const at::Tensor& tensor);
+
+// Throws unless `tensor` is on the CPU and has that shape and type; `name` is what the message calls it.
+void check_tensor(const char* name, const at::Tensor& tensor, at::IntArrayRef shape, at::ScalarType type);
+
+// Throws unless `tensor` has that shape and a type that load_rows reads.
+void check_gradient(const char* name, const at::Tensor& tensor, at::IntArrayRef shape);
+
+// An uninitialised (B, H, L, D) laid out as (B, L, H, D): merging the heads afterwards is a view.
+at::Tensor empty_heads_last(const at::Tensor& like);
+
+// Runs task(index, scratch) for every index below `tasks`, on torch's threads. Threads take the next task when they are
+// done with one: tasks differ in cost (causal masks, padding), and none writes what another reads or writes.
+template <class Task>
+void run_tasks(int64_t tasks, int64_t scratch_floats, Task task) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    constexpr std::align_val_t line{64};
+    const auto release = [](float* p) { ::operator delete(p, std::align_val_t{64}); };
+    std::unique_ptr<float, decltype(release)> scratch(
+        static_cast<float*>(::operator new(static_cast<size_t>(scratch_floats) * sizeof(float) + 64, line)), release);
+    for (int64_t index = next++; index < tasks; index = next++) task(index, scratch.get());
+  });
+}
+
+}  // namespace fastattn
