@@ -24,6 +24,7 @@ def attention(
     upper: int | None = None,
     seed: Tensor | None = None,
     dropout_p: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax attention with every mask written out.
 
@@ -33,12 +34,13 @@ def attention(
         W_ij = P_ij * keep_ij / (1 - dropout_p),   O_i = sum_j W_ij v_j
 
     Shapes: query (B, H, L, D); key (B, Hkv, S, D), value (B, Hkv, S, Dv) with H a multiple of Hkv; attn_mask
-    broadcastable to (B, H, L, S); key_padding_mask (B, S). In a boolean mask True takes part.
+    broadcastable to (B, H, L, S); key_padding_mask (B, S). In a boolean mask True takes part. The arithmetic is in
+    ``compute_dtype``: float32 by default, float64 for float64 inputs.
 
     Returns output (B, H, L, Dv) in query's dtype, LSE (B, H, L) and weights W (B, H, L, S), the last two in the
-    dtype of the arithmetic: float32, or float64 for float64 inputs.
+    dtype of the arithmetic.
     """
-    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    compute = compute_dtype or (torch.float64 if query.dtype == torch.float64 else torch.float32)
     groups = query.shape[1] // max(key.shape[1], 1)
     if groups > 1:
         key = key.repeat_interleave(groups, dim=1)

@@ -37,10 +37,11 @@ def attention_delta(
     batch_head = program // tiles
     b = (batch_head // shape.heads).to(tl.int64)
     h = (batch_head % shape.heads).to(tl.int64)
-    row = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = program % tiles * BLOCK_M
+    row = first_row + tl.arange(0, BLOCK_M)
     inside = row < shape.rows
-    outs = load_rows(out, b, h, row, inside, DIM, BLOCK_D).to(tl.float32)
-    douts = load_rows(dout, b, h, row, inside, DIM, BLOCK_D).to(tl.float32)
+    outs = load_rows(out, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D).to(tl.float32)
+    douts = load_rows(dout, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D).to(tl.float32)
     result = tl.sum(outs * douts, 1)
     if dlogsumexp.pointer is not None:
         address = dlogsumexp.pointer + b * dlogsumexp.batch + h * dlogsumexp.head
@@ -55,20 +56,19 @@ def _walk_keys(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the keys [begin, end) to (dqueries, row_sum)."""
-    row = first_row + tl.arange(0, BLOCK_M)
     for first_column in tl.range(begin, end, BLOCK_N):
-        column = first_column + tl.arange(0, BLOCK_N)
-        inside = column < shape.columns
-        keys = load_rows(key, b, h // shape.group, column, inside, DIM, BLOCK_D)  # [BN, BD]
+        keys = load_rows(key, b, h // shape.group, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)  # [BN, BD]
         product = tl.dot(queries, tl.trans(keys), input_precision=F.precision)  # [BM, BN]
         dproduct = product
         if value.pointer is not None:
-            values = load_rows(value, b, h // shape.group, column, inside, DIM, BLOCK_D)
+            values = load_rows(value, b, h // shape.group, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)
             dproduct = tl.dot(douts, tl.trans(values), input_precision=F.precision)
-        score = score_tile(product, row[:, None], column[None, :], b, h, scale, masks, shape, F, EDGE)
+        score = score_tile(
+            product, b, h, first_row, first_column, scale, masks, shape, F, EDGE, BLOCK_M, BLOCK_N, False
+        )
         dscore, _ = dscore_tile(
-            score, pivot[:, None], deltas[:, None], dproduct, dweights, row[:, None], column[None, :], b, h, first_row,
-            first_column, shape, dropout, F, BLOCK_M, BLOCK_N, False,
+            score, pivot[:, None], deltas[:, None], dproduct, dweights, b, h, first_row, first_column, shape, dropout,
+            F, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
         if dweights.pointer is not None:
             row_sum += tl.sum(dscore, 1)
@@ -93,11 +93,11 @@ def attention_dquery(
     inside = row < shape.rows
     place = batch_head.to(tl.int64) * shape.rows + row
 
-    queries = load_rows(query, b, h, row, inside, DIM, BLOCK_D)
+    queries = load_rows(query, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
     douts = queries
     deltas = tl.zeros([BLOCK_M], tl.float32)
     if dout.pointer is not None:
-        douts = load_rows(dout, b, h, row, inside, DIM, BLOCK_D)
+        douts = load_rows(dout, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
         deltas = tl.load(delta + place, mask=inside, other=0.0)
     pivot = probability_pivot(tl.load(logsumexp + place, mask=inside, other=float("-inf")), F)
     dqueries = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -120,7 +120,7 @@ def attention_dquery(
         value, dweights, score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
-    store_rows(dquery, b, h, dqueries * scale, row, inside, DIM, BLOCK_D)
+    store_rows(dquery, b, h, dqueries * scale, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
     if dweights.pointer is not None:
         tl.store(dlogsumexp + place, -row_sum, mask=inside)
 
@@ -132,25 +132,26 @@ def _walk_queries(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the queries [begin, end) of one head to (dkeys, dvalues)."""
-    column = first_column + tl.arange(0, BLOCK_N)
     first_place = (b * shape.heads + h) * shape.rows
     for first_row in tl.range(begin, end, BLOCK_M):
         row = first_row + tl.arange(0, BLOCK_M)
         inside = row < shape.rows
-        queries = load_rows(query, b, h, row, inside, DIM, BLOCK_D)  # [BM, BD]
+        queries = load_rows(query, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)  # [BM, BD]
         product = tl.dot(keys, tl.trans(queries), input_precision=F.precision)  # [BN, BM]
         dproduct = product
         douts = queries
         deltas = tl.zeros([BLOCK_M], tl.float32)
         if dout.pointer is not None:
-            douts = load_rows(dout, b, h, row, inside, DIM, BLOCK_D)
+            douts = load_rows(dout, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
             dproduct = tl.dot(values, tl.trans(douts), input_precision=F.precision)
             deltas = tl.load(delta + first_place + row, mask=inside, other=0.0)
         pivot = probability_pivot(tl.load(logsumexp + first_place + row, mask=inside, other=float("-inf")), F)
-        score = score_tile(product, row[None, :], column[:, None], b, h, scale, masks, shape, F, EDGE)
+        score = score_tile(
+            product, b, h, first_row, first_column, scale, masks, shape, F, EDGE, BLOCK_M, BLOCK_N, True
+        )
         dscore, weight = dscore_tile(
-            score, pivot[None, :], deltas[None, :], dproduct, dweights, row[None, :], column[:, None], b, h, first_row,
-            first_column, shape, dropout, F, BLOCK_M, BLOCK_N, True,
+            score, pivot[None, :], deltas[None, :], dproduct, dweights, b, h, first_row, first_column, shape, dropout,
+            F, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
         if dout.pointer is not None:
             dvalues = tl.dot(weight.to(douts.dtype), douts, dvalues, input_precision=F.precision)
@@ -171,13 +172,12 @@ def attention_dkey_dvalue(
     batch = program // tiles // key_heads
     key_head = program // tiles % key_heads
     b = batch.to(tl.int64)
-    column = first_column + tl.arange(0, BLOCK_N)
-    inside = column < shape.columns
+    kh = key_head.to(tl.int64)
 
-    keys = load_rows(key, b, key_head.to(tl.int64), column, inside, DIM, BLOCK_D)
+    keys = load_rows(key, b, kh, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)
     values = keys
     if value.pointer is not None:
-        values = load_rows(value, b, key_head.to(tl.int64), column, inside, DIM, BLOCK_D)
+        values = load_rows(value, b, kh, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)
     dkeys = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dvalues = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -201,6 +201,6 @@ def attention_dkey_dvalue(
                 logsumexp, delta, dweights, score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
-    store_rows(dkey, b, key_head.to(tl.int64), dkeys * scale, column, inside, DIM, BLOCK_D)
+    store_rows(dkey, b, kh, dkeys * scale, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)
     if dvalue.pointer is not None:
-        store_rows(dvalue, b, key_head.to(tl.int64), dvalues, column, inside, DIM, BLOCK_D)
+        store_rows(dvalue, b, kh, dvalues, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)

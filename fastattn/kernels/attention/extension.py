@@ -1,4 +1,4 @@
-"""The C++ attention of ``csrc/attention_cpu.cpp`` behind the operators: float32, float16 and bfloat16 on the CPU."""
+"""The C++ attention of ``csrc`` behind the operators: float32, float16 and bfloat16 on the CPU."""
 
 from __future__ import annotations
 
@@ -13,6 +13,22 @@ except ImportError as error:
     UNAVAILABLE: str | None = f"the C++ extension fastattn._C is not built ({error}); run: pip install -e ."
 else:
     UNAVAILABLE = None
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets the kernels are compiled for and this processor has, the one in use by default first."""
+    names: list[str] = _extension.instruction_sets()
+    return names
+
+
+def use_instruction_set(name: str) -> None:
+    """Make later calls use one of ``instruction_sets()``, for tests and measurements.
+
+    Raises ValueError for another name.
+    """
+    if not _extension.use_instruction_set(name):
+        raise ValueError(f"instruction set: got {name!r}, this processor has {', '.join(instruction_sets())}")
+
 
 _NO_WEIGHTS, _MEAN, _PER_HEAD = 0, 1, 2
 

@@ -29,13 +29,12 @@ def _walk_keys(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys [begin, end) into (output, total, maximum)."""
-    row = first_row + tl.arange(0, BLOCK_M)
     for first_column in tl.range(begin, end, BLOCK_N):
-        column = first_column + tl.arange(0, BLOCK_N)
-        inside = column < shape.columns
-        keys = load_rows(key, b, h // shape.group, column, inside, DIM, BLOCK_D)  # [BN, BD]
+        keys = load_rows(key, b, h // shape.group, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)  # [BN, BD]
         product = tl.dot(queries, tl.trans(keys), input_precision=F.precision)  # [BM, BN]
-        score = score_tile(product, row[:, None], column[None, :], b, h, scale, masks, shape, F, EDGE)
+        score = score_tile(
+            product, b, h, first_row, first_column, scale, masks, shape, F, EDGE, BLOCK_M, BLOCK_N, False
+        )
         new_maximum = tl.maximum(maximum, tl.max(score, 1))
         # A row that has seen no key yet has maximum -inf: a finite pivot keeps exp(-inf - pivot) = 0 from being NaN.
         pivot = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
@@ -43,11 +42,9 @@ def _walk_keys(
         probability = exponential(score - pivot[:, None], F)
         total = total * decay + tl.sum(probability, 1)
         if dropout.seed is not None:
-            keep = dropout_keep(
-                dropout.seed, b * shape.heads + h, first_row, first_column, dropout.threshold, BLOCK_M, BLOCK_N, False
-            )
+            keep = dropout_keep(dropout, b * shape.heads + h, first_row, first_column, BLOCK_M, BLOCK_N, False)
             probability = tl.where(keep, probability, 0.0)
-        values = load_rows(value, b, h // shape.group, column, inside, DIM, BLOCK_D)  # [BN, BD]
+        values = load_rows(value, b, h // shape.group, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)  # [BN, BD]
         output = output * decay[:, None]
         output = tl.dot(probability.to(values.dtype), values, output, input_precision=F.precision)
         maximum = new_maximum
@@ -68,10 +65,8 @@ def attention_forward(
     batch = batch_head // shape.heads
     b = batch.to(tl.int64)
     h = (batch_head % shape.heads).to(tl.int64)
-    row = first_row + tl.arange(0, BLOCK_M)
-    inside = row < shape.rows
 
-    queries = load_rows(query, b, h, row, inside, DIM, BLOCK_D)
+    queries = load_rows(query, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
     output = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -96,7 +91,8 @@ def attention_forward(
     empty = total == 0.0
     safe_total = tl.where(empty, 1.0, total)
     output = output * (dropout.keep_scale / safe_total)[:, None]
-    store_rows(out, b, h, output, row, inside, DIM, BLOCK_D)
+    store_rows(out, b, h, output, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
     natural = maximum + tl.log(safe_total) if F.natural else (maximum + tl.log2(safe_total)) * LN2
+    row = first_row + tl.arange(0, BLOCK_M)
     address = logsumexp + batch_head.to(tl.int64) * shape.rows + row
-    tl.store(address, tl.where(empty, float("-inf"), natural), mask=inside)
+    tl.store(address, tl.where(empty, float("-inf"), natural), mask=row < shape.rows)

@@ -30,6 +30,8 @@ else:
 VERIFIED: frozenset[tuple[tuple[int, int], str]] = frozenset()
 _LOG2E = math.log2(math.e)
 _BOUNDS_BLOCK = 1024
+# The kernels' offsets inside a tile are 32-bit: at most 256 rows of this many elements each.
+_MAX_STRIDE = 2**31 // 256 - 1
 
 
 def why_unavailable(device_type: str) -> str | None:
@@ -252,6 +254,8 @@ def _masks(
 ) -> primitives.Masks:
     strides: tuple[int, ...] = (0, 0, 0, 0)
     if attn_mask is not None:
+        if max(attn_mask.stride()[2:]) > _MAX_STRIDE:
+            attn_mask = attn_mask.contiguous()
         strides = tuple(
             0 if size == 1 else stride for size, stride in zip(attn_mask.shape, attn_mask.stride(), strict=True)
         )
@@ -277,17 +281,21 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
 
 
 def _heads(tensor: Tensor | None) -> primitives.Heads:
-    """A (B, H, L, D) tensor for a kernel; a last dimension that is not contiguous is copied first."""
+    """A (B, H, L, D) tensor for a kernel; copied first if its last dimension is not contiguous."""
     if tensor is None:
         return primitives.Heads(None, 0, 0, 0)
-    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+    if (tensor.stride(-1) != 1 and tensor.shape[-1] != 1) or tensor.stride(2) > _MAX_STRIDE:
         tensor = tensor.contiguous()
     return primitives.Heads(tensor, *tensor.stride()[:3])
 
 
 def _weights(tensor: Tensor | None) -> primitives.Weights:
     """A (B, H, L, S) tensor of any strides for a kernel."""
-    return primitives.Weights(None, 0, 0, 0, 0) if tensor is None else primitives.Weights(tensor, *tensor.stride())
+    if tensor is None:
+        return primitives.Weights(None, 0, 0, 0, 0)
+    if max(tensor.stride()[2:]) > _MAX_STRIDE:
+        tensor = tensor.contiguous()
+    return primitives.Weights(tensor, *tensor.stride())
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

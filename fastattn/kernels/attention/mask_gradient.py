@@ -43,25 +43,28 @@ def attention_dmask(
                 row = first_row + tl.arange(0, BLOCK_M)
                 inside = row < shape.rows
                 place = (b * shape.heads + h) * shape.rows + row
-                queries = load_rows(query, b, h, row, inside, DIM, BLOCK_D)
+                queries = load_rows(query, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
                 douts = queries
                 deltas = tl.zeros([BLOCK_M], tl.float32)
                 if dout.pointer is not None:
-                    douts = load_rows(dout, b, h, row, inside, DIM, BLOCK_D)
+                    douts = load_rows(dout, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
                     deltas = tl.load(delta + place, mask=inside, other=0.0)
                 pivot = probability_pivot(tl.load(logsumexp + place, mask=inside, other=float("-inf")), F)
                 for first_column in tl.range(begin_column, end_column, BLOCK_N):
-                    column = first_column + tl.arange(0, BLOCK_N)
-                    keys = load_rows(key, b, h // shape.group, column, column < shape.columns, DIM, BLOCK_D)
+                    keys = load_rows(key, b, h // shape.group, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)
                     product = tl.dot(queries, tl.trans(keys), input_precision=F.precision)
                     dproduct = product
                     if value.pointer is not None:
-                        values = load_rows(value, b, h // shape.group, column, column < shape.columns, DIM, BLOCK_D)
+                        values = load_rows(
+                            value, b, h // shape.group, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D
+                        )
                         dproduct = tl.dot(douts, tl.trans(values), input_precision=F.precision)
-                    score = score_tile(product, row[:, None], column[None, :], b, h, scale, masks, shape, F, True)
+                    score = score_tile(
+                        product, b, h, first_row, first_column, scale, masks, shape, F, True, BLOCK_M, BLOCK_N, False
+                    )
                     dscore, _ = dscore_tile(
-                        score, pivot[:, None], deltas[:, None], dproduct, dweights, row[:, None], column[None, :], b, h,
-                        first_row, first_column, shape, dropout, F, BLOCK_M, BLOCK_N, False,
+                        score, pivot[:, None], deltas[:, None], dproduct, dweights, b, h, first_row, first_column,
+                        shape, dropout, F, BLOCK_M, BLOCK_N, False,
                     )  # fmt: skip
                     total += dscore
 

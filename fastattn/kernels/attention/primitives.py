@@ -1,8 +1,10 @@
 """What every attention kernel shares: its arguments, which entries take part, their scores, and the dropout mask.
 
-A tile is given by ``row`` and ``column``, the absolute positions of its queries and keys, shaped to broadcast against
-it: (BM, 1) and (1, BN) in the forward formulation, (1, BM) and (BN, 1) in the transposed one. The helpers do not care
-which. A feature whose pointer is None is absent from the compiled kernel.
+A tile is BLOCK_M queries from ``first_row`` by BLOCK_N keys from ``first_column``; TRANSPOSED tiles are keys by queries.
+A feature whose pointer is None is absent from the compiled kernel.
+
+Addresses are a 64-bit start of the tile plus 32-bit offsets inside it: one (batch, head) slice may span more than 2**31
+elements, and 32-bit offsets cost half the registers. ``launch`` copies a tensor whose strides are too large for that.
 """
 
 from dataclasses import dataclass
@@ -100,29 +102,35 @@ def probability_pivot(logsumexp, F: tl.constexpr):
 
 
 @triton.jit
-def load_rows(tensor, b, h, position, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows ``position`` (BLOCK,) of one head of a ``Heads`` as (BLOCK, BLOCK_D); what is not ``inside`` reads 0.
-
-    Row offsets are 64-bit: one (batch, head) slice may span more than 2**31 elements.
-    """
+def load_rows(tensor, b, h, first, length, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [first, first + BLOCK) of one head of a ``Heads`` as (BLOCK, BLOCK_D); past ``length`` and DIM reads 0."""
+    local = tl.arange(0, BLOCK)[:, None]
     offset = tl.arange(0, BLOCK_D)[None, :]
-    start = tensor.pointer + b * tensor.batch + h * tensor.head
-    address = start + position.to(tl.int64)[:, None] * tensor.row + offset
-    if DIM == BLOCK_D:
-        return tl.load(address, mask=inside[:, None], other=0.0)
-    return tl.load(address, mask=inside[:, None] & (offset < DIM), other=0.0)
+    start = tensor.pointer + b * tensor.batch + h * tensor.head + tl.cast(first, tl.int64) * tensor.row
+    inside = first + local < length
+    if DIM != BLOCK_D:
+        inside = inside & (offset < DIM)
+    return tl.load(start + (local * tensor.row + offset), mask=inside, other=0.0)
 
 
 @triton.jit
-def store_rows(tensor, b, h, value, position, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write (BLOCK, BLOCK_D) to rows ``position`` of one head of a ``Heads``, in its own dtype."""
+def store_rows(tensor, b, h, value, first, length, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write (BLOCK, BLOCK_D) to rows [first, first + BLOCK) of one head of a ``Heads``, in its own dtype."""
+    local = tl.arange(0, BLOCK)[:, None]
     offset = tl.arange(0, BLOCK_D)[None, :]
-    start = tensor.pointer + b * tensor.batch + h * tensor.head
-    mask = inside[:, None]
+    start = tensor.pointer + b * tensor.batch + h * tensor.head + tl.cast(first, tl.int64) * tensor.row
+    inside = first + local < length
     if DIM != BLOCK_D:
-        mask = mask & (offset < DIM)
-    address = start + position.to(tl.int64)[:, None] * tensor.row + offset
-    tl.store(address, value.to(tensor.pointer.dtype.element_ty), mask=mask)
+        inside = inside & (offset < DIM)
+    tl.store(start + (local * tensor.row + offset), value.to(tensor.pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def tile_positions(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Row and column of each entry from the start of the tile, shaped to broadcast against it."""
+    if TRANSPOSED:
+        return tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None]
+    return tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
 
 
 @triton.jit
@@ -188,7 +196,10 @@ def full_query_range(begin, end, first_column, last_column, masks, F: tl.constex
 
 
 @triton.jit
-def score_tile(product, row, column, b, h, scale, masks, shape, F: tl.constexpr, EDGE: tl.constexpr):
+def score_tile(
+    product, b, h, first_row, first_column, scale, masks, shape, F: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
     """Scores of a tile from its products <q, k>: scale, additive masks, -inf where the entry takes no part.
 
     ``scale`` carries log2(e) unless natural. A float mask needs natural units: the lowest float times log2(e) would
@@ -197,37 +208,43 @@ def score_tile(product, row, column, b, h, scale, masks, shape, F: tl.constexpr,
     EDGE: the tile may cross the band or the last key. Rows past the end need no mask here: they are not stored, and
     the gradients load their logsumexp as -inf.
     """
+    row, column = tile_positions(BLOCK_M, BLOCK_N, TRANSPOSED)
+    inside_column = first_column + column < shape.columns
     score = product * scale
     if masks.mask is not None:
-        offset = tl.zeros([1, 1], tl.int64) + b * masks.mask_batch + h * masks.mask_head
+        start = masks.mask + b * masks.mask_batch + h * masks.mask_head
+        offset = tl.zeros([1, 1], tl.int32)
         inside = tl.full([1, 1], True, tl.int1)
         if F.mask_rows:
-            offset = offset + row.to(tl.int64) * masks.mask_row
-            inside = inside & (row < shape.rows)
+            start += tl.cast(first_row, tl.int64) * masks.mask_row
+            offset = offset + row * masks.mask_row
+            inside = inside & (first_row + row < shape.rows)
         if F.mask_columns:
-            offset = offset + column.to(tl.int64) * masks.mask_column
-            inside = inside & (column < shape.columns)
-        value = tl.load(masks.mask + offset, mask=inside, other=0)
+            start += tl.cast(first_column, tl.int64) * masks.mask_column
+            offset = offset + column * masks.mask_column
+            inside = inside & inside_column
+        value = tl.load(start + offset, mask=inside, other=0)
         score = tl.where(value != 0, score, float("-inf")) if F.mask_bool else score + value.to(tl.float32)
     if masks.padding is not None:
-        address = masks.padding + b * masks.padding_batch + column.to(tl.int64) * masks.padding_column
-        value = tl.load(address, mask=column < shape.columns, other=0)
+        start = masks.padding + b * masks.padding_batch + tl.cast(first_column, tl.int64) * masks.padding_column
+        value = tl.load(start + column * masks.padding_column, mask=inside_column, other=0)
         score = tl.where(value != 0, score, float("-inf")) if F.padding_bool else score + value.to(tl.float32)
     if EDGE:
-        score = tl.where(column < shape.columns, score, float("-inf"))
+        score = tl.where(inside_column, score, float("-inf"))
+        distance = column - row
         if F.has_lower:
-            score = tl.where(column - row >= masks.lower, score, float("-inf"))
+            score = tl.where(distance >= masks.lower + (first_row - first_column), score, float("-inf"))
         if F.has_upper:
-            score = tl.where(column - row <= masks.upper, score, float("-inf"))
+            score = tl.where(distance <= masks.upper + (first_row - first_column), score, float("-inf"))
     return score
 
 
 @triton.jit
 def dscore_tile(
-    score, pivot, delta, dproduct, dweights, row, column, b, h, first_row, first_column, shape, dropout,
+    score, pivot, delta, dproduct, dweights, b, h, first_row, first_column, shape, dropout,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """(dS, weight) of a tile of either orientation; pivot and delta are shaped like ``row``.
+    """(dS, weight) of a tile of either orientation; pivot and delta are shaped like its rows.
 
         P = exp(S - LSE),   dS = P (keep dP / (1 - dropout_p) - delta),   weight = keep P / (1 - dropout_p)
 
@@ -236,16 +253,15 @@ def dscore_tile(
     probability = exponential(score - pivot, F)
     dprobability = dproduct
     if dweights.pointer is not None:
-        address = dweights.pointer + b * dweights.batch + h * dweights.head
-        address = address + row.to(tl.int64) * dweights.row + column.to(tl.int64) * dweights.column
-        inside = (row < shape.rows) & (column < shape.columns)
+        row, column = tile_positions(BLOCK_M, BLOCK_N, TRANSPOSED)
+        start = dweights.pointer + b * dweights.batch + h * dweights.head
+        start += tl.cast(first_row, tl.int64) * dweights.row + tl.cast(first_column, tl.int64) * dweights.column
+        inside = (first_row + row < shape.rows) & (first_column + column < shape.columns)
+        address = start + (row * dweights.row + column * dweights.column)
         dprobability = tl.load(address, mask=inside, other=0.0).to(tl.float32)
     weight = probability
     if dropout.seed is not None:
-        batch_head = b * shape.heads + h
-        keep = dropout_keep(
-            dropout.seed, batch_head, first_row, first_column, dropout.threshold, BLOCK_M, BLOCK_N, TRANSPOSED
-        )
+        keep = dropout_keep(dropout, b * shape.heads + h, first_row, first_column, BLOCK_M, BLOCK_N, TRANSPOSED)
         dprobability = tl.where(keep, dprobability * dropout.keep_scale, 0.0)
         weight = tl.where(keep, probability * dropout.keep_scale, 0.0)
     elif dweights.pointer is not None:
@@ -255,7 +271,7 @@ def dscore_tile(
 
 @triton.jit
 def dropout_keep(
-    seed, batch_head, first_row, first_column, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dropout, batch_head, first_row, first_column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """Which entries of a tile dropout keeps, (BM, BN), or (BN, BM) if TRANSPOSED; ``fastattn.philox`` is its definition.
@@ -276,7 +292,7 @@ def dropout_keep(
         column = column[None, :].to(tl.uint32) + zero
         row = row[:, None].to(tl.uint32) + zero
     slices = batch_head.to(tl.uint32) + zero
-    word0, word1, word2, word3 = tl.philox(tl.load(seed), column, row, slices, zero)
+    word0, word1, word2, word3 = tl.philox(tl.load(dropout.seed), column, row, slices, zero)
     # word = 2 * (bit 3 of row) + (bit 3 of column): the first join makes the row bit the last axis, the second the
     # column bit.
     word = tl.join(tl.join(word0, word2), tl.join(word1, word3))
@@ -286,4 +302,4 @@ def dropout_keep(
     else:
         word = tl.reshape(word, [BLOCK_M // 16, 8, BLOCK_N // 16, 8, 2, 2])
         word = tl.reshape(tl.permute(word, (0, 4, 1, 2, 5, 3)), [BLOCK_M, BLOCK_N])
-    return (word >> 8).to(tl.int32) >= threshold
+    return (word >> 8).to(tl.int32) >= dropout.threshold

@@ -44,17 +44,17 @@ def attention_weights(
     last_head = tl.where((first_column >= begin) & (first_column < end), first_head + averaged, first_head)
     for head in tl.range(first_head, last_head):
         h = tl.cast(head, tl.int64)
-        queries = load_rows(query, b, h, row, inside_rows, DIM, BLOCK_D)
-        keys = load_rows(key, b, h // shape.group, column, inside_columns, DIM, BLOCK_D)
+        queries = load_rows(query, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
+        keys = load_rows(key, b, h // shape.group, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)
         address = logsumexp + (b * shape.heads + h) * shape.rows + row
         pivot = probability_pivot(tl.load(address, mask=inside_rows, other=float("-inf")), F)
         product = tl.dot(queries, tl.trans(keys), input_precision=F.precision)
-        score = score_tile(product, row[:, None], column[None, :], b, h, scale, masks, shape, F, True)
+        score = score_tile(
+            product, b, h, first_row, first_column, scale, masks, shape, F, True, BLOCK_M, BLOCK_N, False
+        )
         weight = exponential(score - pivot[:, None], F)
         if dropout.seed is not None:
-            keep = dropout_keep(
-                dropout.seed, b * shape.heads + h, first_row, first_column, dropout.threshold, BLOCK_M, BLOCK_N, False
-            )
+            keep = dropout_keep(dropout, b * shape.heads + h, first_row, first_column, BLOCK_M, BLOCK_N, False)
             weight = tl.where(keep, weight, 0.0)
         total += weight
 

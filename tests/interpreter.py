@@ -1,0 +1,46 @@
+"""Triton's interpreter computes on the bit patterns of bfloat16 (3.6 to 3.9): give it the right arithmetic in tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def _to_float32(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Round to nearest even, as the hardware does; the interpreter truncates."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def repair_bfloat16() -> None:
+    """Replace the interpreter's matrix product and casts where a bfloat16 takes part."""
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def float32(handle: TensorHandle) -> TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle(_to_float32(handle.data), tl.float32)
+
+    def create_dot(self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, *rest: Any) -> TensorHandle:
+        return dot(self, float32(a), float32(b), d, *rest)
+
+    def cast_impl(self: Any, source: TensorHandle, target: Any) -> TensorHandle:
+        if source.dtype.scalar == tl.bfloat16:
+            source = float32(source)
+            return source if target.scalar == tl.float32 else cast(self, source, target)
+        if target.scalar == tl.bfloat16:
+            return TensorHandle(_to_bfloat16(source.data), tl.bfloat16)
+        return cast(self, source, target)
+
+    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.cast_impl = cast_impl
+    for name in ("create_fp_ext", "create_fp_trunc", "create_si_to_fp", "create_ui_to_fp", "create_fp_to_si"):
+        setattr(InterpreterBuilder, name, cast_impl)
