@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--sentences", type=int, default=320, help="how many sentences (default: %(default)s)")
     demo.add_argument("--batch-size", type=int, default=32, help="sentences in a batch (default: %(default)s)")
     demo.add_argument("--longest", type=int, default=256, help="tokens a sentence is cut to (default: %(default)s)")
-    commands.add_parser("doctor", help="versions, devices, backends, and a self-check of each; exit status 1 on failure")
+    commands.add_parser("doctor", help="versions, devices, backends, a self-check of each; exit status 1 on failure")
     profiled = commands.add_parser("profile", help="time and peak memory of mha(x, x, x) over the sequence length")
     profiled.add_argument("--batch", type=int, default=1, help="batch size (default: %(default)s)")
     profiled.add_argument("--embed-dim", type=int, default=256, help="(default: %(default)s)")

@@ -9,9 +9,7 @@ gives the class back: the restored object is the original one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -111,7 +109,7 @@ def unpatch(model: nn.Module) -> list[str]:
         if _ORIGINAL_CLASS in module.__dict__:
             original = module.__dict__.pop(_ORIGINAL_CLASS)
             module.__dict__.pop("need_weights", None)
-            _set_class(module, lambda _, original=original: original)
+            _set_class(module, original)
             restored.append(name)
         if _NESTED in module.__dict__:
             module.use_nested_tensor = module.__dict__.pop(_NESTED)
@@ -158,20 +156,19 @@ def _base_class(module: nn.Module) -> type[Any]:
 
 
 def _switch(module: nn.Module) -> None:
-    module.__dict__[_ORIGINAL_CLASS] = _base_class(module)
-    _set_class(module, _patched_class)
+    original = _base_class(module)
+    module.__dict__[_ORIGINAL_CLASS] = original
+    _set_class(module, _patched_class(original))
 
 
-def _set_class(module: nn.Module, convert: Callable[[type[Any]], type[Any]]) -> None:
-    """Convert the module's class. A parametrisation's properties are moved over: they live in a class of their own."""
-    base = convert(_base_class(module))
+def _set_class(module: nn.Module, cls: type[Any]) -> None:
+    """Give the module the class ``cls``. A parametrisation's properties, in a class of their own, are put over it."""
     if is_parametrized(module):
         own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
-        base = type(type(module).__name__, (base,), own)
-    module.__class__ = base
+        cls = type(type(module).__name__, (cls,), own)
+    module.__class__ = cls
 
 
-@cache
 def _patched_class(cls: type[Any]) -> type[Any]:
     """Our class for ``cls``: fastattn.MultiheadAttention, or for a subclass both, so that isinstance keeps holding."""
     if cls is _TorchMultiheadAttention:
@@ -186,7 +183,7 @@ def _reduce(module: nn.Module, _protocol: int) -> tuple[Any, ...]:
 
 
 def _rebuild(cls: type[Any]) -> Any:
-    patched = _patched_class(cls)
+    patched: Any = _patched_class(cls)
     return patched.__new__(patched)
 
 

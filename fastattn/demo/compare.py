@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,13 +57,13 @@ def compare(name: str, model: nn.Module, batches: list[Batch], attention_shape: 
     for batch in tqdm(batches, desc=f"{name}: same embeddings", unit="batch", leave=False):
         expected, got = before(batch.tokens, batch.mask), after(batch.tokens, batch.mask)
         difference = max(difference, float((expected - got)[batch.mask].abs().max()))
-        embeddings = [sentence_embedding(hidden, batch.mask).double() for hidden in (expected, got)]
-        cosine = min(cosine, float(nn.functional.cosine_similarity(*embeddings, dim=-1).min()))
+        first, second = (sentence_embedding(hidden, batch.mask).double() for hidden in (expected, got))
+        cosine = min(cosine, float(nn.functional.cosine_similarity(first, second, dim=-1).min()))
     device = batches[0].tokens.device
-    calls = {"before": lambda: _embed_all(before, batches), "after": lambda: _embed_all(after, batches)}
+    calls = {"before": partial(_embed_all, before, batches), "after": partial(_embed_all, after, batches)}
     seconds = interleaved(calls, device, rounds=3, seconds=0.0)
     largest = max(batches, key=lambda batch: batch.tokens.numel())
-    peaks = [peak_memory(lambda one=one: one(largest.tokens, largest.mask), device) for one in (before, after)]
+    peaks = [peak_memory(partial(one, largest.tokens, largest.mask), device) for one in (before, after)]
     count = sum(batch.tokens.shape[0] for batch in batches)
     return Comparison(
         name,

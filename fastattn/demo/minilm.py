@@ -33,7 +33,8 @@ def load_bert() -> Any:
     _stay_offline()
     from transformers import BertModel
 
-    return BertModel.from_pretrained(folder(), local_files_only=True).eval()
+    bert: Any = BertModel.from_pretrained(folder(), local_files_only=True)
+    return bert.eval()
 
 
 def load_tokenizer() -> Any:

@@ -6,15 +6,12 @@ mask function of that name decides what the attention function gets; without one
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastattn.functional import scaled_dot_product_attention
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 NAME = "fastattn"
 # Architectures whose outputs and gradients are tested against "eager", with the classes of their attention layers.
@@ -38,10 +35,11 @@ def register(name: str = NAME) -> None:
     Raises ImportError when transformers is not installed, ValueError for a name that transformers gives a meaning.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if not isinstance(name, str) or not name:
         raise ValueError(f"name: got {name!r}, expected a non-empty string")
-    if AttentionInterface().get(name, attention) is not attention:
+    if ALL_ATTENTION_FUNCTIONS.get(name, attention) is not attention:
         raise ValueError(f"name: {name!r} is already another attention of transformers; choose a free name")
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
@@ -113,7 +111,7 @@ def mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
+    q_offset: Any = 0,
     kv_offset: int = 0,
     attention_mask: Tensor | None = None,
     allow_is_bidirectional_skip: bool = False,
@@ -123,7 +121,8 @@ def mask(
     """transformers' mask function: padding of an encoder stays (B, S), anything else is transformers' dense mask.
 
     Args:
-        batch_size, q_length, kv_length, q_offset, kv_offset: B, L, S and the positions of the first query and key.
+        batch_size, q_length, kv_length, q_offset, kv_offset: B, L, S and the positions of the first query and key;
+            q_offset may be a tensor.
         attention_mask: (B, at least S) boolean, True is a token, or None.
         allow_is_bidirectional_skip: the caller takes None, or a structure, for a mask that depends on padding alone.
         use_vmap: the pattern is the caller's own function.
@@ -156,72 +155,72 @@ def mask(
         return dense
     if attention_mask is None:
         return None
-    padding: Tensor = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    padding: Any = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     padding = padding[:, kv_offset : kv_offset + kv_length].to(torch.bool)
     # Looking at the values is free on the CPU and opens the backends for unpadded input; elsewhere it would stop
     # the host at every forward, or break the graph.
     if padding.device.type == "cpu" and not torch.compiler.is_compiling() and bool(padding.all()):
         return None
-    return padding
+    structure: Tensor = padding
+    return structure
 
 
 def patch_models(root: nn.Module) -> tuple[list[str], dict[str, str]]:
     """Switch every verified transformers model inside ``root``; returns the attention layers and what was left alone.
 
-    The switch is an entry of the model's configuration, so models that share one configuration object switch
-    together, as with transformers' own ``set_attn_implementation``.
+    The switch is an entry of the configuration, so models that share one configuration object switch together, as
+    with transformers' own ``set_attn_implementation``.
     """
-    models = _models(root)
-    replaced: list[str] = []
+    from transformers import PreTrainedModel
+
     skipped: dict[str, str] = {}
-    seen: set[int] = set()
-    for name, model in models:
-        if _architecture(model) is None:
-            continue
-        if model.config._attn_implementation == NAME and id(model.config) not in seen:
-            skipped[name] = f'already uses attention "{NAME}"'
-        elif id(model.config) not in seen:
-            previous = model.config._attn_implementation
-            register()
-            model.set_attn_implementation(NAME)
-            setattr(model, _PREVIOUS, previous)
-            replaced += [f"{name}.{layer}" if name else layer for layer in _attention_layers(model)]
-        seen.add(id(model.config))
-    for name, model in models:
-        if _architecture(model) is None and id(model.config) not in seen:
-            seen.add(id(model.config))
-            skipped[name] = f"{type(model).__name__}: architecture {model.config.model_type!r} not verified yet"
+    found = _verified_modules(root)
+    switched: set[int] = set()
+    for _, module in found:  # all of them before the first switch: one switch may reach several configurations
+        if module.config._attn_implementation != NAME and id(module.config) not in switched:
+            switched.add(id(module.config))
+            setattr(module, _PREVIOUS, module.config._attn_implementation)
+    if switched:
+        register()
+    for name, module in found:
+        if isinstance(module, PreTrainedModel):
+            if id(module.config) not in switched:
+                skipped[name] = f'already uses attention "{NAME}"'
+            module.set_attn_implementation(NAME)
+        # A composite gives its parts new configurations, of which the layers inside know nothing.
+        module.config._attn_implementation = NAME
+    replaced = [name for name, module in found if _is_layer(module) and id(module.config) in switched]
+    covered = {id(module.config) for _, module in found}
+    for name, module in root.named_modules():
+        if isinstance(module, PreTrainedModel) and id(module.config) not in covered:
+            covered.add(id(module.config))
+            skipped[name] = f"{type(module).__name__}: architecture {module.config.model_type!r} not verified yet"
     return replaced, skipped
 
 
 def unpatch_models(root: nn.Module) -> list[str]:
     """Give every model inside ``root`` the attention it had before ``patch_models``; returns the attention layers."""
-    restored: list[str] = []
-    for name, model in _models(root):
-        if _PREVIOUS in model.__dict__:
-            model.set_attn_implementation(model.__dict__.pop(_PREVIOUS))
-            restored += [f"{name}.{layer}" if name else layer for layer in _attention_layers(model)]
-    return restored
+    restored: set[int] = set()
+    found = _verified_modules(root)
+    for _, module in found:
+        if _PREVIOUS in module.__dict__:
+            module.config._attn_implementation = module.__dict__.pop(_PREVIOUS)
+            restored.add(id(module.config))
+    return [name for name, module in found if _is_layer(module) and id(module.config) in restored]
 
 
-def _models(root: nn.Module) -> list[tuple[str, PreTrainedModel]]:
-    """The transformers models inside ``root``, the outer before the inner ones."""
-    from transformers import PreTrainedModel
-
-    return [(name, module) for name, module in root.named_modules() if isinstance(module, PreTrainedModel)]
-
-
-def _architecture(model: PreTrainedModel) -> str | None:
-    """The verified architecture that defines the model's class, or None."""
-    for architecture in VERIFIED:
-        if type(model).__module__ == f"transformers.models.{architecture}.modeling_{architecture}":
-            return architecture
-    return None
+def _verified_modules(root: nn.Module) -> list[tuple[str, Any]]:
+    """Modules of verified architectures that look up the attention in a configuration, the outer before the inner."""
+    homes = {f"transformers.models.{architecture}.modeling_{architecture}" for architecture in VERIFIED}
+    return [
+        (name, module)
+        for name, module in root.named_modules()
+        if type(module).__module__ in homes and hasattr(module, "config")
+    ]
 
 
-def _attention_layers(model: PreTrainedModel) -> list[str]:
-    layers = VERIFIED[_architecture(model) or ""]
-    return [name for name, module in model.named_modules() if type(module).__name__ in layers]
+def _is_layer(module: nn.Module) -> bool:
+    return any(type(module).__name__ in layers for layers in VERIFIED.values())
 
 
 def _check_architecture(config: Any) -> None:

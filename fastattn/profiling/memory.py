@@ -77,7 +77,8 @@ def _sampled_peak(call: Callable[[], Any]) -> int:
     import psutil
 
     process = psutil.Process()
-    held = peak = process.memory_info().rss
+    held: int = process.memory_info().rss
+    peak = held
     done = threading.Event()
 
     def sample() -> None:
