@@ -25,6 +25,8 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/fastattn.stamp
 endif
 
+PURE := The extension could not be built; going on in pure Python, see make doctor.
+
 .PHONY: demo test check setup profile doctor results clean
 
 demo: setup
@@ -54,7 +56,7 @@ $(STAMP): pyproject.toml $(EXTENSION_SOURCES)
 		|| { echo "fastattn needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)"; exit 1; }
 	@$(PYTHON) -c 'import torch' || { echo "VENV=none uses the torch of $(PYTHON), which has none"; exit 1; }
 	$(PYTHON) setup.py build_ext --inplace \
-		|| echo "The extension could not be built; going on in pure Python."
+		|| echo "$(PURE)"
 	@mkdir -p $(@D) && touch $@
 else
 $(VENV)/bin/python:
@@ -63,12 +65,14 @@ $(VENV)/bin/python:
 			"Name another one: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# A torch or triton that is already there stays. setup.py needs torch, hence --no-build-isolation.
+# A torch or triton that is already there stays. setup.py needs torch, hence --no-build-isolation. Where the extension
+# fails to compile, setup.py is told that there is no compiler, and the library runs in pure Python.
+INSTALL := $(VENV)/bin/python -m pip install --no-build-isolation -e '.[demo,test,dev]'
 $(STAMP): pyproject.toml $(EXTENSION_SOURCES) | $(VENV)/bin/python
 	$(RUN) -c 'import torch' 2>/dev/null || $(RUN) -m pip install torch==$(TORCH_VERSION)
 	$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install triton==$(TRITON_VERSION)
 	$(RUN) -m pip install 'setuptools>=77' wheel pybind11 ninja
-	$(RUN) -m pip install --no-build-isolation -e '.[demo,test,dev]'
+	$(INSTALL) || { echo "$(PURE)"; CXX=none $(INSTALL); }
 	@touch $@
 endif
 

@@ -77,20 +77,20 @@ def _sampled_peak(call: Callable[[], Any]) -> int:
     import psutil
 
     process = psutil.Process()
-    held: int = process.memory_info().rss
+    held = int(process.memory_info().rss)
     peak = held
     done = threading.Event()
 
     def sample() -> None:
         nonlocal peak
         while not done.wait(_SAMPLE_SECONDS):
-            peak = max(peak, process.memory_info().rss)
+            peak = max(peak, int(process.memory_info().rss))
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
     try:
         result = call()
-        peak = max(peak, process.memory_info().rss)
+        peak = max(peak, int(process.memory_info().rss))
     finally:
         done.set()
         thread.join()
