@@ -50,7 +50,7 @@ class MultiheadAttention(TorchMultiheadAttention):
     @property
     def _packed(self) -> bool:
         """Whether one weight, in_proj_weight, stacks the three input projections."""
-        return self.kdim == self.embed_dim and self.vdim == self.embed_dim
+        return bool(self.kdim == self.embed_dim and self.vdim == self.embed_dim)
 
     def _reset_parameters(self) -> None:
         """torch's initialisation, drawn in torch's order."""
@@ -174,19 +174,13 @@ class MultiheadAttention(TorchMultiheadAttention):
                 query, key, value, key_padding_mask, attn_mask, self.batch_first
             )
         batched = checks.check_ranks(query, key, value, key_padding_mask, attn_mask)
-        packed = self._packed
-        checks.check_features(query, key, value, self.embed_dim, self.kdim, self.vdim, packed)
+        checks.check_features(query, key, value, self.embed_dim, self.kdim, self.vdim)
         batch_first = self.batch_first or not batched
         if not batched:
             query, key, value = _as_batch_of_one(query, key, value)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        checks.check_lengths(query, key, value, key_padding_mask, attn_mask, self.num_heads, batch_first)
-        layout = (self.num_heads, batch_first)
-        if packed:
-            q, k, v = projection.packed(query, key, value, self.in_proj_weight, self.in_proj_bias, *layout)
-        else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            q, k, v = projection.separate((query, key, value), weights, self.in_proj_bias, *layout)
+        checks.check_lengths(query, key, value, key_padding_mask, attn_mask, self.num_heads, batch_first, batched)
+        q, k, v = self._project(query, key, value, batch_first)
         attn_mask = masks.taking_part(attn_mask)
         key_padding_mask = masks.taking_part(key_padding_mask)
         if attn_mask is not None and attn_mask.dim() == 3:
@@ -207,6 +201,17 @@ class MultiheadAttention(TorchMultiheadAttention):
             "is_causal": is_causal,
             "key_padding_mask": key_padding_mask,
         }
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> list[Tensor]:
+        """Queries, keys and values (B, H, L, D) of batched inputs."""
+        if self._packed:
+            # Read once: a parametrized weight is computed at each reading.
+            weight = self.in_proj_weight
+            checks.check_dtypes(query, key, value, weight)
+            return projection.packed(query, key, value, weight, self.in_proj_bias, self.num_heads, batch_first)
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        checks.check_dtypes(query, key, value, weights[0])
+        return projection.separate((query, key, value), weights, self.in_proj_bias, self.num_heads, batch_first)
 
 
 def _as_batch_of_one(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

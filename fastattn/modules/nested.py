@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def nest(out: Tensor, like: Tensor) -> Tensor:
     rows = [part[:length] for part, length in zip(out.unbind(), _lengths(like), strict=True)]
     if like.layout == torch.jagged:
         # The same offsets object: nested tensors of one ragged dimension can be added to each other.
-        return torch.nested.nested_tensor_from_jagged(torch.cat(rows), offsets=like.offsets())
+        return torch.nested.nested_tensor_from_jagged(torch.cat(rows), offsets=cast(Any, like).offsets())
     return torch.nested.as_nested_tensor(rows)
 
 
