@@ -17,7 +17,7 @@ struct BackwardScratch {
   float* grad_out;      // (kTileRows, padded_dim)
   float* dquery;        // (kTileRows, padded_dim)
   float* row_sum;       // (kTileRows): of dS
-  float* factors;       // (kTileRows, kTileKeys)
+  float* factors;       // (kTileRows, columns of the tile)
   float* scores;        // (kTileRows, kTileKeys): S, then P F
   float* dscores;       // (kTileRows, kTileKeys): dP, then dS
   int64_t size;
@@ -56,7 +56,7 @@ static void attention_dscores(
   for (int64_t i = 0; i < rows; ++i) {
     const float pivot = logsumexp[i] == -kInfinity ? 0.0f : logsumexp[i], term = row_term[i];
     float *score = s.scores + i * kTileKeys, *dscore = s.dscores + i * kTileKeys;
-    const float* factor = s.factors + i * kTileKeys;
+    const float* factor = s.factors + i * columns;
     for (int64_t j = 0; j < columns; j += kLanes) {
       const vec probability = exp(load(score + j) - pivot);
       vec dprobability = grad_out ? load(dscore + j) : vec{};
@@ -93,17 +93,22 @@ static void weights_dscores(
 
 // dS of one tile onto the gradient of the attention mask, whose broadcast axes have stride 0.
 static void add_mask_gradient(
-    const Backward& t, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t column, int64_t n,
+    const Backward& t, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t column, int64_t columns,
     const float* dscores) {
+  const bool over_rows = t.dmask.stride[2] == 0, over_keys = t.dmask.stride[3] == 0;
+  const int64_t n = min(columns, t.problem.keys - column);
+  vec sum{};
   for (int64_t i = 0; i < rows; ++i) {
     float* to = (float*)at(t.dmask, b, h, row + i, column);
     const float* from = dscores + i * kTileKeys;
-    if (t.dmask.stride[3] != 0) {
+    if (!over_keys) {
       for (int64_t j = 0; j < n; ++j) to[j] += from[j];
-    } else {
-      float sum = 0.0f;
-      for (int64_t j = 0; j < n; ++j) sum += from[j];
-      *to += sum;
+      continue;
+    }
+    for (int64_t j = 0; j < columns; j += kLanes) sum += load(from + j);
+    if (!over_rows || i == rows - 1) {
+      *to += sum_lanes(sum);
+      sum = vec{};
     }
   }
 }
@@ -121,7 +126,7 @@ static void backward_rows(
   for (int64_t i = 0; i < rows; ++i) s.row_sum[i] = 0.0f;
 
   for (int64_t j = range.begin; j < range.end; j += kTileKeys) {
-    const int64_t columns = min(kTileKeys, range.end - j), n = min(columns, p.keys - j), k = j - first;
+    const int64_t columns = min(kTileKeys, range.end - j), k = j - first;
     score_tile(p, b, h, row, rows, j, columns, s.query, s.key_panels + k * p.dim, s.scores, kTileKeys);
     if (p.drop_below) dropout_tile(p, b, h, row, rows, j, columns, s.factors);
     if (t.grad_weights.data) {
@@ -138,7 +143,7 @@ static void backward_rows(
     }
     gemm(columns, dim, rows, {s.dscores, 1, kTileKeys}, s.query, dim, s.dkey + k * dim, dim, true);
     gemm(rows, dim, columns, {s.dscores, kTileKeys, 1}, s.key + k * dim, dim, s.dquery, dim, true);
-    if (t.dmask.data) add_mask_gradient(t, b, h, row, rows, j, n, s.dscores);
+    if (t.dmask.data) add_mask_gradient(t, b, h, row, rows, j, columns, s.dscores);
     if (t.dpadding)
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t c = 0; c < columns; ++c) s.dpadding[k + c] += s.dscores[i * kTileKeys + c];
@@ -156,7 +161,7 @@ static void backward_pair(
     const Backward& t, int64_t b, int64_t g, int64_t split, int64_t first, int64_t last, const BackwardScratch& s) {
   const Problem& p = t.problem;
   const int64_t dim = p.padded_dim();
-  const auto within = [&](KeyRange r) { return KeyRange{max(r.begin, first), min(r.end, round_up(last, kPanel))}; };
+  const auto within = [&](KeyRange r) { return KeyRange{max(r.begin, first), min(r.end, first + t.split_keys())}; };
   const KeyRange used = within(key_range(p, b, 0, p.rows));
   for (int64_t j = used.begin; j < used.end; j += kPanel) {
     const int64_t here = min(kPanel, p.keys - j), k = j - first;
@@ -195,7 +200,7 @@ static void backward_task(const Backward& t, int64_t task, float* scratch) {
   const Problem& p = t.problem;
   const BackwardScratch s(t, scratch);
   const int64_t split = task % t.splits, set = task / t.splits;
-  const int64_t first = min(split * t.split_keys(), p.keys), last = min(first + t.split_keys(), p.keys);
+  const int64_t first = split * t.split_keys(), last = max(first, min(first + t.split_keys(), p.keys));
   const int64_t sets_of_heads = t.mask_over_heads ? 1 : p.key_heads;
   const int64_t b = set / sets_of_heads, g = set % sets_of_heads;
   const int64_t batches = t.mask_over_batch ? p.batch : 1, key_heads = t.mask_over_heads ? p.key_heads : 1;
@@ -205,13 +210,15 @@ static void backward_task(const Backward& t, int64_t task, float* scratch) {
 
 static void row_dot(const Problem& p, const Tensor4& grad_out, const Tensor4& out, float* result, int64_t task) {
   const int64_t b = task / p.heads, h = task % p.heads;
-  with_float_type(grad_out.type, [&](auto* type) {
-    using T = __typeof__(*type);
-    for (int64_t i = 0; i < p.rows; ++i) {
-      const T *x = (const T*)at(grad_out, b, h, i, 0), *y = (const T*)at(out, b, h, i, 0);
-      float sum = 0.0f;
-      for (int64_t d = 0; d < p.dim; ++d) sum += to_float(x[d * grad_out.stride[3]]) * to_float(y[d * out.stride[3]]);
-      result[task * p.rows + i] = sum;
-    }
+  with_float_type(grad_out.type, [&](auto* grad_type) {
+    with_float_type(out.type, [&](auto* out_type) {
+      for (int64_t i = 0; i < p.rows; ++i) {
+        const auto* x = (__typeof__(grad_type))at(grad_out, b, h, i, 0);
+        const auto* y = (__typeof__(out_type))at(out, b, h, i, 0);
+        float sum = 0.0f;
+        for (int64_t d = 0; d < p.dim; ++d) sum += to_float(x[d * grad_out.stride[3]]) * to_float(y[d * out.stride[3]]);
+        result[task * p.rows + i] = sum;
+      }
+    });
   });
 }

@@ -8,14 +8,15 @@ struct Matrix {
   int64_t row, column;  // strides
 };
 
-// ROWS x VECTORS accumulators stay in registers over the whole K loop.
+// ROWS x VECTORS accumulators stay in registers over the whole K loop. They start at zero and are added to C at the end:
+// sums over many keys so become sums of short sums, which round less.
 template <int ROWS, int VECTORS>
 __attribute__((always_inline)) static inline void micro_kernel(
     int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_row, float* c, int64_t c_row,
     bool accumulate) {
   vec sum[ROWS][VECTORS];
   for (int m = 0; m < ROWS; ++m)
-    for (int v = 0; v < VECTORS; ++v) sum[m][v] = accumulate ? load(c + m * c_row + v * kLanes) : vec{};
+    for (int v = 0; v < VECTORS; ++v) sum[m][v] = vec{};
   for (int64_t k = 0; k < K; ++k) {
     vec right[VECTORS];
     for (int v = 0; v < VECTORS; ++v) right[v] = load(b + v * kLanes);
@@ -27,7 +28,10 @@ __attribute__((always_inline)) static inline void micro_kernel(
     b += b_row;
   }
   for (int m = 0; m < ROWS; ++m)
-    for (int v = 0; v < VECTORS; ++v) store(c + m * c_row + v * kLanes, sum[m][v]);
+    for (int v = 0; v < VECTORS; ++v) {
+      float* to = c + m * c_row + v * kLanes;
+      store(to, accumulate ? load(to) + sum[m][v] : sum[m][v]);
+    }
 }
 
 template <int ROWS, int VECTORS>
@@ -71,11 +75,21 @@ static inline void last_strip(
   }
 }
 
-static void gemm(
+static void gemm_columns(
     int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row,
     bool accumulate) {
   int64_t n = 0;
   for (; n + kMaxVectors * kLanes <= N; n += kMaxVectors * kLanes)
     strip<kMaxVectors>(M, K, a, b + n, b_row, c + n, c_row, accumulate);
   last_strip<kMaxVectors - 1>((N - n) / kLanes, M, K, a, b + n, b_row, c + n, c_row, accumulate);
+}
+
+static void gemm(
+    int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row,
+    bool accumulate) {
+  constexpr int64_t longest = 128;  // terms of one short sum
+  for (int64_t k = 0; k < K; k += longest)
+    gemm_columns(
+        M, N, min(longest, K - k), {a.data + k * a.column, a.row, a.column}, b + k * b_row, b_row, c, c_row,
+        accumulate || k > 0);
 }

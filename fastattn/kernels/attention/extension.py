@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
@@ -41,7 +42,7 @@ def _seed(problem: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *problem: Any) -> tuple[Tensor, Tensor]:
     out, logsumexp, _ = _extension.attention_forward(query, key, value, *_seed(problem), _NO_WEIGHTS)
-    return out, logsumexp
+    return out, torch.stack((logsumexp, torch.zeros_like(logsumexp)))
 
 
 def attention_with_weights(
@@ -49,10 +50,8 @@ def attention_with_weights(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *problem, average = rest
     mode = _MEAN if average else _PER_HEAD
-    result: tuple[Tensor, Tensor, Tensor] = _extension.attention_forward(
-        query, key, value, *_seed(tuple(problem)), mode
-    )
-    return result
+    out, logsumexp, weights = _extension.attention_forward(query, key, value, *_seed(tuple(problem)), mode)
+    return out, torch.stack((logsumexp, torch.zeros_like(logsumexp))), weights
 
 
 def attention_backward(
@@ -61,14 +60,14 @@ def attention_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     *problem, attn_mask_grad, padding_grad = rest
     result: tuple[Tensor, ...] = _extension.attention_backward(
-        grad_out, grad_logsumexp, query, key, value, out, logsumexp, *_seed(tuple(problem)), attn_mask_grad, padding_grad
+        grad_out, None if grad_logsumexp is None else grad_logsumexp[0], query, key, value, out, logsumexp[0], *_seed(tuple(problem)), attn_mask_grad, padding_grad
     )
     return result
 
 
 def attention_weights(query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any) -> Tensor:
     *problem, average = rest
-    result: Tensor = _extension.attention_weights(query, key, logsumexp, *_seed(tuple(problem)), average)
+    result: Tensor = _extension.attention_weights(query, key, logsumexp[0], *_seed(tuple(problem)), average)
     return result
 
 
@@ -76,7 +75,7 @@ def attention_weights_backward(
     grad_weights: Tensor, query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     *problem, average, attn_mask_grad, padding_grad = rest
-    result: tuple[Tensor, ...] = _extension.attention_weights_backward(
-        grad_weights, query, key, logsumexp, *_seed(tuple(problem)), average, attn_mask_grad, padding_grad
+    dquery, dkey, dlogsumexp, *masks = _extension.attention_weights_backward(
+        grad_weights, query, key, logsumexp[0], *_seed(tuple(problem)), average, attn_mask_grad, padding_grad
     )
-    return result
+    return dquery, dkey, torch.stack((dlogsumexp, torch.zeros_like(dlogsumexp))), *masks
