@@ -2,7 +2,7 @@
 #
 #   make demo                            set up, then the demonstration on real sentences
 #   make test                            set up, ruff, mypy, the whole test suite
-#   make demo PYTHON=python3 VENV=none   install nothing: use that Python and the torch it has
+#   make demo PYTHON=python3 VENV=none   install nothing: use that Python and the torch it has (make test: no ruff, mypy)
 #   make test PYTEST_ARGS="-k patching"  arguments for pytest
 
 PYTHON ?= python3
@@ -20,9 +20,11 @@ export TOKENIZERS_PARALLELISM := false
 ifeq ($(VENV),none)
 RUN := PYTHONPATH="$(CURDIR)" $(PYTHON)
 STAMP := build/in-place.stamp
+CHECK :=
 else
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/fastattn.stamp
+CHECK := check
 endif
 
 PURE := The extension could not be built; going on in pure Python, see make doctor.
@@ -32,7 +34,7 @@ PURE := The extension could not be built; going on in pure Python, see make doct
 demo: setup
 	$(RUN) -m fastattn demo $(DEMO_ARGS)
 
-test: check
+test: setup $(CHECK)
 	$(RUN) -m pytest --durations=15 $(PYTEST_ARGS)
 
 check: setup

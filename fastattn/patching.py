@@ -22,18 +22,20 @@ from fastattn.modules.attention import MultiheadAttention
 _TorchMultiheadAttention = nn.MultiheadAttention
 _TorchTransformerEncoder = nn.TransformerEncoder
 
+# Where the base class of transformers' models lives: none can be here before it has been imported.
+_TRANSFORMERS = "transformers.modeling_utils"
+
 # What a patched module remembers, in its __dict__, so that copies and pickles of it can be unpatched too.
 _ORIGINAL_CLASS = "_fastattn_original_class"
 _NESTED = "_fastattn_use_nested_tensor"
 
-# A subclass may define these and still compute what nn.MultiheadAttention computes.
-_HARMLESS_OVERRIDES = frozenset(
-    {
-        "__annotations__", "__constants__", "__dict__", "__doc__", "__init__", "__module__", "__orig_bases__",
-        "__parameters__", "__qualname__", "__repr__", "__setstate__", "__static_attributes__", "__firstlineno__",
-        "__weakref__", "_reset_parameters", "extra_repr", "reset_parameters",
-    }
-)  # fmt: skip
+# A subclass may redefine these methods of torch's class and still compute what torch's class computes.
+_HARMLESS = frozenset({"_reset_parameters", "extra_repr"})
+# Of the special names only these matter: they take part in a call, or in copying the class we make of a subclass.
+_SPECIAL = frozenset(
+    {"__call__", "__getattr__", "__getattribute__", "__getstate__", "__new__", "__reduce__", "__reduce_ex__"}
+)
+_patched_classes: dict[type[Any], type[Any]] = {_TorchMultiheadAttention: MultiheadAttention}
 
 
 @dataclass
@@ -84,8 +86,7 @@ def patch(model: nn.Module, need_weights: bool | None = None) -> PatchReport:
         if _ORIGINAL_CLASS in module.__dict__ and need_weights is not None:
             module.need_weights = need_weights
     _keep_padded(model)
-    # A model of transformers can only be here when transformers has been imported.
-    if "transformers" in sys.modules:
+    if _TRANSFORMERS in sys.modules:
         from fastattn.integrations import huggingface
 
         replaced, skipped = huggingface.patch_models(model)
@@ -113,7 +114,7 @@ def unpatch(model: nn.Module) -> list[str]:
             restored.append(name)
         if _NESTED in module.__dict__:
             module.use_nested_tensor = module.__dict__.pop(_NESTED)
-    if "transformers" in sys.modules:
+    if _TRANSFORMERS in sys.modules:
         from fastattn.integrations import huggingface
 
         restored += huggingface.unpatch_models(model)
@@ -143,7 +144,9 @@ def _why_not(module: nn.Module) -> str | None:
         name
         for parent in cls.__mro__[: cls.__mro__.index(_TorchMultiheadAttention)]
         for name in vars(parent)
-        if hasattr(_TorchMultiheadAttention, name) and name not in _HARMLESS_OVERRIDES
+        if hasattr(_TorchMultiheadAttention, name)
+        and name not in _HARMLESS
+        and (name in _SPECIAL or not name.startswith("__"))
     )
     if overrides:
         return f"{cls.__name__} overrides {', '.join(overrides)}, which may change what it computes"
@@ -171,10 +174,10 @@ def _set_class(module: nn.Module, cls: type[Any]) -> None:
 
 def _patched_class(cls: type[Any]) -> type[Any]:
     """Our class for ``cls``: fastattn.MultiheadAttention, or for a subclass both, so that isinstance keeps holding."""
-    if cls is _TorchMultiheadAttention:
-        return MultiheadAttention
-    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduce}
-    return type(cls.__name__, (cls, MultiheadAttention), namespace)
+    if cls not in _patched_classes:
+        namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduce}
+        _patched_classes[cls] = type(cls.__name__, (cls, MultiheadAttention), namespace)
+    return _patched_classes[cls]
 
 
 def _reduce(module: nn.Module, _protocol: int) -> tuple[Any, ...]:

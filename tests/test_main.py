@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastattn.demo import main as demo
 from fastattn.dispatch import Backend
 from fastattn.kernels.attention import extension
 from fastattn.profiling import doctor
@@ -85,6 +86,12 @@ def test_profile(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(" → ") == 8
     assert (tmp_path / "profile.png").exists()
+
+
+def test_demo_names_the_packages_it_misses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(demo, "_NEEDS", {"no_such_module": "no-such-package", "torch": "torch"})
+    with pytest.raises(SystemExit, match="demo needs no-such-package: pip install"):
+        demo.run(tmp_path, CPU, count=1, batch_size=1, longest=8, lengths=[8])
 
 
 def test_an_unknown_command_is_refused() -> None:

@@ -51,6 +51,11 @@ class WithForward(nn.MultiheadAttention):
         return 2 * out, weights
 
 
+class WithCall(nn.MultiheadAttention):
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        return super().__call__(*args, **kwargs)
+
+
 class WithMergeMasks(nn.MultiheadAttention):
     def merge_masks(self, *args: object) -> object:
         return super().merge_masks(*args)
@@ -146,8 +151,11 @@ def test_a_quantizable_module_is_skipped() -> None:
 
 
 def test_a_subclass_that_overrides_a_part_of_the_computation_is_skipped() -> None:
-    report = fastattn.patch(Block(WithMergeMasks(EMBED, HEADS)))
-    assert "merge_masks" in report.skipped["attn"]
+    model = nn.ModuleDict({"call": WithCall(EMBED, HEADS), "masks": WithMergeMasks(EMBED, HEADS)})
+    report = fastattn.patch(model)
+    assert report.replaced == []
+    assert "WithCall overrides __call__" in report.skipped["call"]
+    assert "merge_masks" in report.skipped["masks"]
 
 
 def test_a_forward_set_on_the_instance_is_skipped() -> None:
@@ -170,6 +178,7 @@ def test_a_harmless_subclass_is_replaced_and_keeps_its_methods(x: Tensor) -> Non
     assert type(model.attn).forward is fastattn.MultiheadAttention.forward
     assert model.attn.describe() == "attention a"
     assert_same(model(x), wanted)
+    assert type(Block(copy.deepcopy(model.attn)).attn) is type(model.attn)
     loaded = pickle.loads(pickle.dumps(model))
     assert isinstance(loaded.attn, fastattn.MultiheadAttention)
     assert_same(loaded(x), wanted)

