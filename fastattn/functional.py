@@ -199,13 +199,13 @@ def _run(
     )  # fmt: skip
     # One pass where the backend has the probabilities at hand; two operators where a compiler may drop the second.
     if need_weights and backend is Backend.CPU and not problem.request.compiling:
-        out, lse, weights = ops.attention_with_weights(*tensors, *arguments, average, backend.value)
-        return out, lse, weights
-    out, lse = ops.attention(*tensors, *arguments, backend.value)
+        out, logsumexp, weights = ops.attention_with_weights(*tensors, *arguments, average, backend.value)
+        return out, logsumexp[0], weights
+    out, logsumexp = ops.attention(*tensors, *arguments, backend.value)
     weights = None
     if need_weights:
-        weights = ops.attention_weights(problem.query, problem.key, lse, *arguments, average, backend.value)
-    return out, lse, weights
+        weights = ops.attention_weights(problem.query, problem.key, logsumexp, *arguments, average, backend.value)
+    return out, logsumexp[0], weights
 
 
 def _draw_seed(problem: _Problem) -> Tensor:

@@ -51,13 +51,12 @@ def attention(
         scores = _masked(scores, key_padding_mask[:, None, None, :])
     if lower is not None or upper is not None:
         scores = _masked(scores, band(query.shape[2], key.shape[2], lower, upper, query.device))
-    if scores.shape[-1] == 0:
-        lse = scores.new_full(scores.shape[:-1], float("-inf"))
-    else:
-        lse = scores.logsumexp(-1)
-    # A row without a key has LSE -inf: any finite pivot gives it exp(-inf) = 0, with zero gradients, instead of NaN.
-    empty = lse == float("-inf")
-    weights = (scores - lse.masked_fill(empty, 0.0).unsqueeze(-1)).exp()
+    # A row without a key would be NaN: give it finite scores, and its results by hand, so that its gradients are 0.
+    empty = (scores == float("-inf")).all(-1)
+    scores = scores.masked_fill(empty.unsqueeze(-1), 0.0)
+    lse = scores.logsumexp(-1) if scores.shape[-1] else scores.new_zeros(scores.shape[:-1])
+    weights = (scores - lse.unsqueeze(-1)).exp().masked_fill(empty.unsqueeze(-1), 0.0)
+    lse = lse.masked_fill(empty, float("-inf"))
     if dropout_p > 0.0:
         assert seed is not None
         keep = dropout_keep(seed, dropout_p, *weights.shape)

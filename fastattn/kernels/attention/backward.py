@@ -19,8 +19,8 @@ from fastattn.kernels.attention.primitives import (
     full_key_range,
     full_query_range,
     key_range,
+    load_pivot,
     load_rows,
-    probability_pivot,
     query_range,
     score_tile,
     store_rows,
@@ -51,7 +51,7 @@ def attention_delta(
 
 @triton.jit
 def _walk_keys(
-    dqueries, row_sum, queries, douts, pivot, deltas, begin, end, b, h, first_row, key, value, dweights, scale, masks,
+    dqueries, row_sum, queries, douts, pivot, rest, deltas, begin, end, b, h, first_row, key, value, dweights, scale, masks,
     dropout, shape, F: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -67,8 +67,8 @@ def _walk_keys(
             product, b, h, first_row, first_column, scale, masks, shape, F, EDGE, BLOCK_M, BLOCK_N, False
         )
         dscore, _ = dscore_tile(
-            score, pivot[:, None], deltas[:, None], dproduct, dweights, b, h, first_row, first_column, shape, dropout,
-            F, BLOCK_M, BLOCK_N, False,
+            score, pivot[:, None], rest[:, None], deltas[:, None], dproduct, dweights, b, h, first_row, first_column, shape,
+            dropout, F, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
         if dweights.pointer is not None:
             row_sum += tl.sum(dscore, 1)
@@ -99,7 +99,7 @@ def attention_dquery(
     if dout.pointer is not None:
         douts = load_rows(dout, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
         deltas = tl.load(delta + place, mask=inside, other=0.0)
-    pivot = probability_pivot(tl.load(logsumexp + place, mask=inside, other=float("-inf")), F)
+    pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
     dqueries = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
 
@@ -108,15 +108,15 @@ def attention_dquery(
     full_begin, full_end = full_key_range(begin, end, first_row, last_row, masks, F, BLOCK_N)
     if F.has_lower:
         dqueries, row_sum = _walk_keys(
-            dqueries, row_sum, queries, douts, pivot, deltas, begin, tl.minimum(full_begin, end), b, h, first_row, key,
+            dqueries, row_sum, queries, douts, pivot, rest, deltas, begin, tl.minimum(full_begin, end), b, h, first_row, key,
             value, dweights, score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     dqueries, row_sum = _walk_keys(
-        dqueries, row_sum, queries, douts, pivot, deltas, full_begin, full_end, b, h, first_row, key,
+        dqueries, row_sum, queries, douts, pivot, rest, deltas, full_begin, full_end, b, h, first_row, key,
         value, dweights, score_scale, masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     dqueries, row_sum = _walk_keys(
-        dqueries, row_sum, queries, douts, pivot, deltas, full_end, end, b, h, first_row, key,
+        dqueries, row_sum, queries, douts, pivot, rest, deltas, full_end, end, b, h, first_row, key,
         value, dweights, score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -145,13 +145,13 @@ def _walk_queries(
             douts = load_rows(dout, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
             dproduct = tl.dot(values, tl.trans(douts), input_precision=F.precision)
             deltas = tl.load(delta + first_place + row, mask=inside, other=0.0)
-        pivot = probability_pivot(tl.load(logsumexp + first_place + row, mask=inside, other=float("-inf")), F)
+        pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
         score = score_tile(
             product, b, h, first_row, first_column, scale, masks, shape, F, EDGE, BLOCK_M, BLOCK_N, True
         )
         dscore, weight = dscore_tile(
-            score, pivot[None, :], deltas[None, :], dproduct, dweights, b, h, first_row, first_column, shape, dropout,
-            F, BLOCK_M, BLOCK_N, True,
+            score, pivot[None, :], rest[None, :], deltas[None, :], dproduct, dweights, b, h, first_row, first_column,
+            shape, dropout, F, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
         if dout.pointer is not None:
             dvalues = tl.dot(weight.to(douts.dtype), douts, dvalues, input_precision=F.precision)

@@ -56,7 +56,7 @@ def attention_forward(
     query, key, value, out, logsumexp, scale, masks, dropout, shape,
     F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """query (B, H, L, D), key and value (B, H / group, S, D) -> out (B, H, L, D), logsumexp (B, H, L) float32."""
+    """query (B, H, L, D), key and value (B, H / group, S, D) -> out (B, H, L, D), logsumexp (2, B, H, L) float32."""
     tiles = tl.cdiv(shape.rows, BLOCK_M)
     program = tl.program_id(0)
     # The last rows see the most keys under a causal mask: start them first, so that none of them ends alone.
@@ -92,7 +92,10 @@ def attention_forward(
     safe_total = tl.where(empty, 1.0, total)
     output = output * (dropout.keep_scale / safe_total)[:, None]
     store_rows(out, b, h, output, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
-    natural = maximum + tl.log(safe_total) if F.natural else (maximum + tl.log2(safe_total)) * LN2
+    logarithm = tl.log2(safe_total) * LN2
+    high = maximum + logarithm if F.natural else maximum * LN2 + logarithm
     row = first_row + tl.arange(0, BLOCK_M)
     address = logsumexp + batch_head.to(tl.int64) * shape.rows + row
-    tl.store(address, tl.where(empty, float("-inf"), natural), mask=row < shape.rows)
+    tl.store(address, tl.where(empty, float("-inf"), high), mask=row < shape.rows)
+    rest = tl.where(empty, 0.0, maximum - high + logarithm) if F.natural else tl.zeros([BLOCK_M], tl.float32)
+    tl.store(address + tl.cast(shape.batches, tl.int64) * shape.heads * shape.rows, rest, mask=row < shape.rows)

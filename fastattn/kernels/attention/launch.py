@@ -81,7 +81,7 @@ class _Problem:
         self.dropout_arguments = primitives.Dropout(
             seed if self.dropout else None, keep_threshold(dropout_p), keep_scale
         )
-        self.shape = primitives.Shape(self.heads, self.heads // self.key_heads, self.rows, self.columns)
+        self.shape = primitives.Shape(self.batch, self.heads, self.heads // self.key_heads, self.rows, self.columns)
         self.masks = _masks(attn_mask, key_padding_mask, lower, upper)
         self.features = primitives.Features(
             mask_bool=attn_mask is not None and attn_mask.dtype == torch.bool,
@@ -110,7 +110,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *problem: Any) -> tuple
     out, logsumexp = shapes.empty_output(query, value), shapes.empty_logsumexp(query)
     shared = _Problem(query, key, *problem)
     if shared.empty:
-        return out.zero_(), logsumexp.fill_(float("-inf"))
+        logsumexp[0], logsumexp[1] = float("-inf"), 0.0
+        return out.zero_(), logsumexp
     shared.launch(
         "forward",
         forward.attention_forward,
@@ -167,11 +168,11 @@ def attention_backward(
     if shared.empty:
         return tuple(grad.zero_() for grad in (dquery, dkey, dvalue, *masks))
     dout = _heads(torch.zeros_like(out) if grad_out is None else grad_out.to(out.dtype))
-    delta = torch.empty_like(logsumexp, memory_format=torch.contiguous_format)
+    delta = query.new_empty(query.shape[:3], dtype=torch.float32)
     tile = config.tile("delta", shared.dtype, shared.head_dim)
     dlogsumexp = primitives.Heads(None, 0, 0, 0)
     if grad_logsumexp is not None:
-        dlogsumexp = primitives.Heads(grad_logsumexp, *grad_logsumexp.stride())
+        dlogsumexp = primitives.Heads(grad_logsumexp, *grad_logsumexp.stride()[1:])
     with _on(shared.device):
         backward.attention_delta[(triton.cdiv(shared.rows, tile.block_m) * shared.batch * shared.heads,)](
             _heads(out), dout, dlogsumexp, delta, shared.shape, DIM=shared.head_dim,
@@ -193,6 +194,7 @@ def attention_weights_backward(
     shared = _Problem(query, key, *problem)
     dquery, dkey = shapes.empty_like_heads_last(query), shapes.empty_like_heads_last(key)
     dlogsumexp = shapes.empty_logsumexp(query)
+    dlogsumexp[1] = 0.0
     masks = [
         shapes.empty_mask_grad(mask, wanted, query)
         for mask, wanted in zip(problem[:2], (attn_mask_grad, padding_grad), strict=True)
@@ -244,7 +246,7 @@ def _launch_mask_gradient(shared: _Problem, common: dict[str, Any], grad: Tensor
         "dmask",
         mask_gradient.attention_dmask,
         programs,
-        **common, dmask=_weights(grad), batches=shared.batch, dmask_batches=batches, dmask_heads=heads,
+        **common, dmask=_weights(grad), dmask_batches=batches, dmask_heads=heads,
         scale=shared.score_scale, GRAD_ROWS=rows > 1, GRAD_COLUMNS=columns > 1,
     )  # fmt: skip
 

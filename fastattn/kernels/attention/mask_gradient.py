@@ -9,12 +9,12 @@ column, every tile of rows or columns that shares it. Storing dS instead would m
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention.primitives import dscore_tile, load_rows, probability_pivot, score_tile
+from fastattn.kernels.attention.primitives import dscore_tile, load_pivot, load_rows, score_tile
 
 
 @triton.jit
 def attention_dmask(
-    query, key, value, dout, dweights, logsumexp, delta, dmask, batches, dmask_batches, dmask_heads, scale, masks,
+    query, key, value, dout, dweights, logsumexp, delta, dmask, dmask_batches, dmask_heads, scale, masks,
     dropout, shape, GRAD_ROWS: tl.constexpr, GRAD_COLUMNS: tl.constexpr, F: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -32,7 +32,7 @@ def attention_dmask(
     end_row = tl.minimum(own_row + BLOCK_M, shape.rows) if GRAD_ROWS else shape.rows
     begin_column = own_column if GRAD_COLUMNS else 0
     end_column = tl.minimum(own_column + BLOCK_N, shape.columns) if GRAD_COLUMNS else shape.columns
-    end_batch = tl.where(dmask_batches == 1, batches, own_batch + 1)
+    end_batch = tl.where(dmask_batches == 1, shape.batches, own_batch + 1)
     end_head = tl.where(dmask_heads == 1, shape.heads, own_head + 1)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for batch in tl.range(own_batch, end_batch):
@@ -49,7 +49,7 @@ def attention_dmask(
                 if dout.pointer is not None:
                     douts = load_rows(dout, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
                     deltas = tl.load(delta + place, mask=inside, other=0.0)
-                pivot = probability_pivot(tl.load(logsumexp + place, mask=inside, other=float("-inf")), F)
+                pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
                 for first_column in tl.range(begin_column, end_column, BLOCK_N):
                     keys = load_rows(key, b, h // shape.group, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)
                     product = tl.dot(queries, tl.trans(keys), input_precision=F.precision)
@@ -63,8 +63,8 @@ def attention_dmask(
                         product, b, h, first_row, first_column, scale, masks, shape, F, True, BLOCK_M, BLOCK_N, False
                     )
                     dscore, _ = dscore_tile(
-                        score, pivot[:, None], deltas[:, None], dproduct, dweights, b, h, first_row, first_column,
-                        shape, dropout, F, BLOCK_M, BLOCK_N, False,
+                        score, pivot[:, None], rest[:, None], deltas[:, None], dproduct, dweights, b, h, first_row,
+                        first_column, shape, dropout, F, BLOCK_M, BLOCK_N, False,
                     )  # fmt: skip
                     total += dscore
 

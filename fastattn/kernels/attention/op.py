@@ -8,7 +8,8 @@
 | attention_weights_backward     | gradients of query, key, logsumexp and both masks        |
 | attention_with_weights         | out, logsumexp, weights in one pass (backend "cpu")      |
 
-The logsumexp is an input of the weights, so a weights gradient flows through it into ``attention_backward``:
+The logsumexp (2, B, H, L) is the float32 number and what its rounding lost (see ``shapes``); its gradient counts in the
+first only. It is an input of the weights, so a weights gradient flows through it into ``attention_backward``:
 
     dS_ij = P_ij (dP_ij - delta_i + dLSE_i),   delta_i = sum_j P_ij dP_ij = <dO_i, O_i>       (attention)
     dS_ij = W_ij dW_ij,                        dLSE_i = -sum_j dS_ij                           (weights)

@@ -37,8 +37,9 @@ class Weights(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Query heads, query heads of one key head, queries L and keys S."""
+    """Batches, query heads, query heads of one key head, queries L and keys S."""
 
+    batches: Any
     heads: Any
     group: Any
     rows: Any
@@ -92,13 +93,31 @@ def exponential(x, F: tl.constexpr):
 
 
 @triton.jit
-def probability_pivot(logsumexp, F: tl.constexpr):
-    """The number to subtract from scores so that exponential() gives probabilities.
+def load_pivot(logsumexp, b, h, first_row, shape, F: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(pivot, rest) of rows [first_row, first_row + BLOCK_M), to subtract from scores before exponential().
 
-    Rows without a key (-inf) and rows past the end (loaded as -inf) get +inf: exp(score - inf) = 0, never NaN.
+    logsumexp (2, B, H, L) holds the float32 number and the rest it lost, which matters only where a mask adds large
+    numbers. Rows without a key (-inf) and rows past the end get pivot +inf: exp(score - inf) = 0, never NaN.
     """
-    pivot = logsumexp if F.natural else logsumexp * LOG2E
-    return tl.where(logsumexp == float("-inf"), float("inf"), pivot)
+    row = first_row + tl.arange(0, BLOCK_M)
+    address = logsumexp + (b * shape.heads + h) * shape.rows + row
+    high = tl.load(address, mask=row < shape.rows, other=float("-inf"))
+    rest = tl.zeros([BLOCK_M], tl.float32)
+    if F.natural:
+        rest = tl.load(address + tl.cast(shape.batches, tl.int64) * shape.heads * shape.rows, mask=row < shape.rows, other=0.0)
+        pivot = high
+    else:
+        pivot = high * LOG2E
+    return tl.where(high == float("-inf"), float("inf"), pivot), rest
+
+
+@triton.jit
+def probability_tile(score, pivot, rest, F: tl.constexpr):
+    """exp(S - LSE)."""
+    distance = score - pivot
+    if F.natural:
+        distance = distance - rest
+    return exponential(distance, F)
 
 
 @triton.jit
@@ -128,9 +147,9 @@ def store_rows(tensor, b, h, value, first, length, DIM: tl.constexpr, BLOCK: tl.
 @triton.jit
 def tile_positions(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Row and column of each entry from the start of the tile, shaped to broadcast against it."""
-    if TRANSPOSED:
-        return tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None]
-    return tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    row = tl.arange(0, BLOCK_M)[None, :] if TRANSPOSED else tl.arange(0, BLOCK_M)[:, None]
+    column = tl.arange(0, BLOCK_N)[:, None] if TRANSPOSED else tl.arange(0, BLOCK_N)[None, :]
+    return row, column
 
 
 @triton.jit
@@ -241,16 +260,16 @@ def score_tile(
 
 @triton.jit
 def dscore_tile(
-    score, pivot, delta, dproduct, dweights, b, h, first_row, first_column, shape, dropout,
+    score, pivot, rest, delta, dproduct, dweights, b, h, first_row, first_column, shape, dropout,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """(dS, weight) of a tile of either orientation; pivot and delta are shaped like its rows.
+    """(dS, weight) of a tile of either orientation; pivot, rest and delta are shaped like its rows.
 
         P = exp(S - LSE),   dS = P (keep dP / (1 - dropout_p) - delta),   weight = keep P / (1 - dropout_p)
 
     dP is ``dproduct`` = <dO, v>, or read from ``dweights`` where that is given.
     """
-    probability = exponential(score - pivot, F)
+    probability = probability_tile(score, pivot, rest, F)
     dprobability = dproduct
     if dweights.pointer is not None:
         row, column = tile_positions(BLOCK_M, BLOCK_N, TRANSPOSED)

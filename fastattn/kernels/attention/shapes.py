@@ -13,7 +13,11 @@ def empty_output(query: Tensor, value: Tensor) -> Tensor:
 
 
 def empty_logsumexp(query: Tensor) -> Tensor:
-    return query.new_empty(query.shape[:3], dtype=torch.float32)
+    """The logsumexp (2, B, H, L): the float32 number and what its rounding lost.
+
+    Where a mask adds -1e9 or the lowest float to a whole row, the logarithm of the number of its keys is in the second.
+    """
+    return query.new_empty((2, *query.shape[:3]), dtype=torch.float32)
 
 
 def empty_weights(query: Tensor, key: Tensor, average: bool) -> Tensor:

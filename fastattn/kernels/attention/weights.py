@@ -8,10 +8,10 @@ import triton.language as tl
 
 from fastattn.kernels.attention.primitives import (
     dropout_keep,
-    exponential,
     key_range,
+    load_pivot,
     load_rows,
-    probability_pivot,
+    probability_tile,
     score_tile,
 )
 
@@ -46,13 +46,12 @@ def attention_weights(
         h = tl.cast(head, tl.int64)
         queries = load_rows(query, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
         keys = load_rows(key, b, h // shape.group, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)
-        address = logsumexp + (b * shape.heads + h) * shape.rows + row
-        pivot = probability_pivot(tl.load(address, mask=inside_rows, other=float("-inf")), F)
+        pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
         product = tl.dot(queries, tl.trans(keys), input_precision=F.precision)
         score = score_tile(
             product, b, h, first_row, first_column, scale, masks, shape, F, True, BLOCK_M, BLOCK_N, False
         )
-        weight = exponential(score - pivot[:, None], F)
+        weight = probability_tile(score, pivot[:, None], rest[:, None], F)
         if dropout.seed is not None:
             keep = dropout_keep(dropout, b * shape.heads + h, first_row, first_column, BLOCK_M, BLOCK_N, False)
             weight = tl.where(keep, weight, 0.0)
