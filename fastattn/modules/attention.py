@@ -28,7 +28,7 @@ class MultiheadAttention(TorchMultiheadAttention):
       causal ``attn_mask`` changes nothing and any other one is never ignored.
     - Boolean and floating masks may be mixed; each keeps its dtype, under autocast too.
     - Training and evaluation run the same code: torch's private inference path is never taken.
-    - Without ``batch_first`` the output is a transposed view of (B, L, E), as torch's is with ``batch_first``.
+    - Without ``batch_first`` the output may be a transposed view of (B, L, E), as torch's is with ``batch_first``.
 
     Attributes:
         need_weights: None follows the caller of ``forward``; False returns no weights whatever the caller asks.
@@ -129,13 +129,12 @@ class MultiheadAttention(TorchMultiheadAttention):
             **arguments, need_weights=need_weights, average_weights=average_attn_weights
         )
         heads, weights = result if need_weights else (result, None)
-        # The kernels write (B, L, H, D): merging the heads is a view.
-        out = _linear(heads.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        out = self._merge(heads, self.batch_first or not batched)
         if not batched:
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
         if query.is_nested:
             return nested.nest(out, query), None if weights is None else nested.drop_padding(weights, query)
-        return out if self.batch_first else out.transpose(0, 1), weights
+        return out, weights
 
     def explain(
         self,
@@ -212,6 +211,17 @@ class MultiheadAttention(TorchMultiheadAttention):
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         checks.check_dtypes(query, key, value, weights[0])
         return projection.separate((query, key, value), weights, self.in_proj_bias, self.num_heads, batch_first)
+
+    def _merge(self, heads: Tensor, batch_first: bool) -> Tensor:
+        """The output projection of (B, H, L, D), in the layout that the input has."""
+        # The kernels write (B, L, H, D), or (L, B, H, D) as some of torch's do for such queries: merging is a view.
+        merged = heads.transpose(1, 2).flatten(2)
+        if batch_first:
+            return _linear(merged, self.out_proj.weight, self.out_proj.bias)
+        time_first = merged.transpose(0, 1)
+        if time_first.is_contiguous():
+            return _linear(time_first, self.out_proj.weight, self.out_proj.bias)
+        return _linear(merged, self.out_proj.weight, self.out_proj.bias).transpose(0, 1)
 
 
 def _as_batch_of_one(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -77,7 +77,7 @@ def check_dtypes(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> N
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.device != weight.device:
             raise RuntimeError(f"{name}: got device {tensor.device}, expected the parameters' {weight.device}")
-        if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        if tensor.dtype != weight.dtype and not _autocast(tensor.device.type):
             raise RuntimeError(f"{name}: got dtype {tensor.dtype}, expected the parameters' {weight.dtype}")
 
 
@@ -118,3 +118,8 @@ def check_lengths(
             f"attn_mask: got shape {tuple(attn_mask.shape)}, expected (query length, key length) = {(rows, columns)} "
             f"or (batch * num_heads, query length, key length) = {(batch * heads, rows, columns)}"
         )
+
+
+def _autocast(device_type: str) -> bool:
+    """Whether autocast is on; the meta device has none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
