@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fastattn", description="Fused attention for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="real sentences through a patched BERT, then the long-sequence profile")
-    demo.add_argument("--sentences", type=int, default=320, help="how many sentences (default: %(default)s)")
+    demo.add_argument("--sentences", type=int, default=256, help="how many sentences (default: %(default)s)")
     demo.add_argument("--batch-size", type=int, default=32, help="sentences in a batch (default: %(default)s)")
     demo.add_argument("--longest", type=int, default=256, help="tokens a sentence is cut to (default: %(default)s)")
     commands.add_parser("doctor", help="versions, devices, backends, a self-check of each; exit status 1 on failure")

@@ -164,6 +164,7 @@ def test_a_forward_set_on_the_instance_is_skipped() -> None:
     assert "on the instance" in fastattn.patch(model).skipped["attn"]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_a_scripted_module_is_skipped() -> None:
     model = nn.Sequential(torch.jit.script(attention()))
     assert "TorchScript" in fastattn.patch(model).skipped["0"]
@@ -272,6 +273,7 @@ def test_tied_parameters_stay_tied(x: Tensor) -> None:
 
 def test_hooks_and_their_handles_keep_working(x: Tensor) -> None:
     model = Block()
+    x.requires_grad_()
     calls: list[str] = []
     handles = [
         model.attn.register_forward_pre_hook(lambda *_: calls.append("before")),

@@ -61,7 +61,7 @@ def compare(name: str, model: nn.Module, batches: list[Batch], attention_shape: 
         cosine = min(cosine, float(nn.functional.cosine_similarity(first, second, dim=-1).min()))
     device = batches[0].tokens.device
     calls = {"before": partial(_embed_all, before, batches), "after": partial(_embed_all, after, batches)}
-    seconds = interleaved(calls, device, rounds=3, seconds=0.0)
+    seconds = interleaved(calls, device, rounds=2, seconds=0.0)
     largest = max(batches, key=lambda batch: batch.tokens.numel())
     peaks = [peak_memory(partial(one, largest.tokens, largest.mask), device) for one in (before, after)]
     count = sum(batch.tokens.shape[0] for batch in batches)
