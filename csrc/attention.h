@@ -7,7 +7,7 @@
 
 namespace fastattn {
 
-// out (B, H, L, D), logsumexp (B, H, L), weights; weights_mode: 0 none (an empty tensor), 1 head average, 2 per head.
+// out (B, H, L, D), logsumexp (2, B, H, L), weights; weights_mode: 0 none (an empty tensor), 1 head average, 2 per head.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const ProblemArgs& args,
     int64_t weights_mode);
@@ -15,8 +15,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
 at::Tensor attention_weights(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp, const ProblemArgs& args, bool average);
 
-// Five gradients: query, key, value or logsumexp, attn_mask, key_padding_mask; an empty tensor for a mask whose
-// gradient is not wanted.
+// Five gradients: query, key, value or logsumexp, attn_mask, key_padding_mask; for a mask whose gradient is not wanted
+// one unused number, since tensors without storage would count as aliases of each other.
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Gradients attention_backward(

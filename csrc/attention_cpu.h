@@ -7,10 +7,14 @@
 // Kernels see memory only through the structs below. Nothing here owns anything: all pointers outlive the call.
 // All arithmetic is float32; inputs of another type are converted as they are read.
 //
+// A logsumexp is (2, B, H, L) contiguous: the float32 number, then what its rounding lost. Where a mask adds -1e9 to a
+// whole row, the logarithm of the number of its keys is in the second. A row without a key has -inf and 0.
+//
 // Names: B batch, H heads, G key heads (H a multiple of G), L rows (queries), S keys, D head dimension.
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 namespace fastattn {
 
@@ -64,7 +68,7 @@ struct Forward {
   float* packed_key;    // (B, G, S / kPanel, D, kPanel), the keys transposed panel by panel; written by forward_pack
   float* packed_value;  // (B, G, S rounded up to kPanel, padded_dim); written by forward_pack
   Tensor4 out;          // (B, H, L, D), written
-  float* logsumexp;     // (B, H, L) contiguous, written
+  float* logsumexp;     // (2, B, H, L), written
   WeightsMode mode;
   Tensor4 weights;    // (B, 1, L, S) or (B, H, L, S) contiguous, written
   int64_t tile_rows;  // rows of one task
@@ -77,7 +81,7 @@ struct Forward {
 struct Weights {
   Problem problem;
   const float* packed_key;  // as in Forward
-  const float* logsumexp;   // (B, H, L) contiguous
+  const float* logsumexp;   // (2, B, H, L)
   WeightsMode mode;         // mean or per_head
   Tensor4 weights;          // as in Forward
 
@@ -85,7 +89,8 @@ struct Weights {
   int64_t tasks() const { return problem.batch * tiles() * (mode == WeightsMode::mean ? 1 : problem.heads); }
 };
 
-// Gradients of the attention, or of the weights (then grad_weights is there and value, grad_out, row_term are not).
+// Gradients of the attention, or of the weights (then grad_weights is there, and value, out, grad_out and
+// grad_logsumexp are not).
 //
 // One task owns a set of (batch, key head) pairs and a range of keys. A pair belongs to one set; pairs that share a
 // slice of a mask whose gradient is wanted are in the same set, so that no two tasks write the same memory. The ranges
@@ -94,11 +99,12 @@ struct Weights {
 struct Backward {
   Problem problem;
   Tensor4 value;            // (B, G, S, D) or absent
-  Tensor4 grad_out;         // (B, H, L, D) or absent
+  Tensor4 out;              // (B, H, L, D) or absent
+  Tensor4 grad_out;         // (B, H, L, D) or absent; then out and value are absent too
   Tensor4 grad_weights;     // (B, H, L, S), broadcast over heads for averaged weights, or absent
   float grad_weights_scale; // 1, or 1 / H for averaged weights
-  const float* logsumexp;   // (B, H, L) contiguous
-  const float* row_term;    // (B, H, L) contiguous: delta - grad_logsumexp, see dS in backward_tile.h; or null
+  const float* logsumexp;   // (2, B, H, L)
+  const float* grad_logsumexp;  // (B, H, L) contiguous, or null
   Tensor4 dquery;           // (B, H, L, D); with several splits the float32 partial sums (splits, B, H, L, D)
   int64_t dquery_split;     // stride between the splits' partial sums
   Tensor4 dkey, dvalue;     // (B, G, S, D); dvalue may be absent
@@ -129,8 +135,6 @@ struct Kernels {
   void (*weights_tile)(const Weights&, int64_t task, float* scratch);
   int64_t (*backward_scratch)(const Backward&);
   void (*backward_task)(const Backward&, int64_t task, float* scratch);
-  // (B, H, L) row_term: <grad_out, out> over D for one (batch, head)
-  void (*row_dot)(const Problem&, const Tensor4& grad_out, const Tensor4& out, float* result, int64_t task);
 };
 
 // The table for this processor, or the one chosen by use_instruction_set.

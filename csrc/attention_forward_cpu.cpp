@@ -38,7 +38,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
   f.mode = static_cast<WeightsMode>(weights_mode);
   f.tile_rows = forward_rows(f.mode, p.keys);
   at::Tensor out = empty_heads_last(query);
-  at::Tensor logsumexp = at::empty({p.batch, p.heads, p.rows}, query.options().dtype(at::kFloat));
+  at::Tensor logsumexp = at::empty(logsumexp_shape(p), query.options().dtype(at::kFloat));
   at::Tensor weights = empty_weights(p, f.mode, query);
   if (p.heads == 0) return {out, logsumexp, weights.zero_()};
   const int64_t planes = p.batch * p.key_heads;
@@ -61,7 +61,7 @@ at::Tensor attention_weights(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp, const ProblemArgs& args,
     bool average) {
   const OwnedProblem owned(query, key, args);
-  check_tensor("logsumexp", logsumexp, query.sizes().slice(0, 3), at::kFloat);
+  check_tensor("logsumexp", logsumexp, logsumexp_shape(owned.problem), at::kFloat);
 
   Weights w{};
   w.problem = owned.problem;

@@ -17,6 +17,7 @@ struct BackwardScratch {
   float* grad_out;      // (kTileRows, padded_dim)
   float* dquery;        // (kTileRows, padded_dim)
   float* row_sum;       // (kTileRows): of dS
+  float* row_term;      // (kTileRows): delta - dLSE
   float* factors;       // (kTileRows, columns of the tile)
   float* scores;        // (kTileRows, kTileKeys): S, then P F
   float* dscores;       // (kTileRows, kTileKeys): dP, then dS
@@ -41,6 +42,7 @@ struct BackwardScratch {
     grad_out = take(t.value.data ? kTileRows * dim : 0);
     dquery = take(kTileRows * dim);
     row_sum = take(kTileRows);
+    row_term = take(kTileRows);
     factors = take(p.drop_below ? kTileRows * kTileKeys : 0);
     scores = take(kTileRows * kTileKeys);
     dscores = take(kTileRows * kTileKeys);
@@ -49,16 +51,35 @@ struct BackwardScratch {
 
 static int64_t backward_scratch(const Backward& t) { return BackwardScratch(t, nullptr).size; }
 
+// Loads grad_out and computes delta - dLSE of each row; the scratch of dquery is free at that time.
+static void load_gradients(
+    const Backward& t, int64_t b, int64_t h, int64_t row, int64_t rows, const BackwardScratch& s) {
+  const Problem& p = t.problem;
+  const int64_t dim = p.padded_dim();
+  for (int64_t i = 0; i < rows; ++i)
+    s.row_term[i] = t.grad_logsumexp ? -t.grad_logsumexp[(b * p.heads + h) * p.rows + row + i] : 0.0f;
+  if (!t.grad_out.data) return;
+  float* out = s.dquery;
+  load_rows(t.grad_out, b, h, row, rows, p.dim, 1.0f, s.grad_out, dim);
+  load_rows(t.out, b, h, row, rows, p.dim, 1.0f, out, dim);
+  for (int64_t i = 0; i < rows; ++i) {
+    vec delta{};
+    for (int64_t d = 0; d < dim; d += kLanes) delta += load(s.grad_out + i * dim + d) * load(out + i * dim + d);
+    s.row_term[i] += sum_lanes(delta);
+  }
+}
+
 // S -> P F and dP -> dS for the attention; grad_out may be absent, then dscores is only written.
 static void attention_dscores(
-    const BackwardScratch& s, int64_t rows, int64_t columns, const float* logsumexp, const float* row_term,
-    bool grad_out, bool dropout) {
+    const Backward& t, const BackwardScratch& s, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t columns) {
+  const bool grad_out = t.grad_out.data != nullptr, dropout = t.problem.drop_below > 0;
   for (int64_t i = 0; i < rows; ++i) {
-    const float pivot = logsumexp[i] == -kInfinity ? 0.0f : logsumexp[i], term = row_term[i];
+    const Logsumexp lse(t.problem, t.logsumexp, b, h, row + i);
+    const float term = s.row_term[i];
     float *score = s.scores + i * kTileKeys, *dscore = s.dscores + i * kTileKeys;
     const float* factor = s.factors + i * columns;
     for (int64_t j = 0; j < columns; j += kLanes) {
-      const vec probability = exp(load(score + j) - pivot);
+      const vec probability = lse.probability(load(score + j));
       vec dprobability = grad_out ? load(dscore + j) : vec{};
       vec weight = probability;
       if (dropout) {
@@ -74,9 +95,9 @@ static void attention_dscores(
 // S -> P F, and dS from the gradient of the weights.
 static void weights_dscores(
     const Backward& t, const BackwardScratch& s, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t column,
-    int64_t columns, const float* logsumexp) {
+    int64_t columns) {
   const Problem& p = t.problem;
-  probabilities(s.scores, kTileKeys, rows, columns, logsumexp);
+  probabilities(p, t.logsumexp, b, h, row, rows, columns, s.scores, kTileKeys);
   if (p.drop_below) multiply_tile(s.scores, kTileKeys, rows, columns, s.factors);
   const int64_t n = min(columns, p.keys - column);
   with_float_type(t.grad_weights.type, [&](auto* type) {
@@ -118,10 +139,9 @@ static void backward_rows(
     const Backward& t, int64_t b, int64_t h, int64_t row, int64_t rows, KeyRange range, int64_t first,
     const BackwardScratch& s) {
   const Problem& p = t.problem;
-  const int64_t dim = p.padded_dim(), plane = (b * p.heads + h) * p.rows + row;
-  const float* logsumexp = t.logsumexp + plane;
+  const int64_t dim = p.padded_dim();
   load_rows(p.query, b, h, row, rows, p.dim, p.scale, s.query, dim);
-  if (t.grad_out.data) load_rows(t.grad_out, b, h, row, rows, p.dim, 1.0f, s.grad_out, dim);
+  if (!t.grad_weights.data) load_gradients(t, b, h, row, rows, s);
   for (int64_t i = 0; i < rows * dim; ++i) s.dquery[i] = 0.0f;
   for (int64_t i = 0; i < rows; ++i) s.row_sum[i] = 0.0f;
 
@@ -130,14 +150,14 @@ static void backward_rows(
     score_tile(p, b, h, row, rows, j, columns, s.query, s.key_panels + k * p.dim, s.scores, kTileKeys);
     if (p.drop_below) dropout_tile(p, b, h, row, rows, j, columns, s.factors);
     if (t.grad_weights.data) {
-      weights_dscores(t, s, b, h, row, rows, j, columns, logsumexp);
+      weights_dscores(t, s, b, h, row, rows, j, columns);
     } else {
       if (t.grad_out.data)
         for (int64_t c = 0; c < columns; c += kPanel)
           gemm(
               rows, kPanel, p.dim, {s.grad_out, dim, 1}, s.value_panels + (k + c) * p.dim, kPanel, s.dscores + c,
               kTileKeys, false);
-      attention_dscores(s, rows, columns, logsumexp, t.row_term + plane, t.grad_out.data != nullptr, p.drop_below > 0);
+      attention_dscores(t, s, b, h, row, rows, columns);
       if (t.grad_out.data)
         gemm(columns, dim, rows, {s.scores, 1, kTileKeys}, s.grad_out, dim, s.dvalue + k * dim, dim, true);
     }
@@ -206,19 +226,4 @@ static void backward_task(const Backward& t, int64_t task, float* scratch) {
   const int64_t batches = t.mask_over_batch ? p.batch : 1, key_heads = t.mask_over_heads ? p.key_heads : 1;
   for (int64_t i = 0; i < batches; ++i)
     for (int64_t k = 0; k < key_heads; ++k) backward_pair(t, b + i, g + k, split, first, last, s);
-}
-
-static void row_dot(const Problem& p, const Tensor4& grad_out, const Tensor4& out, float* result, int64_t task) {
-  const int64_t b = task / p.heads, h = task % p.heads;
-  with_float_type(grad_out.type, [&](auto* grad_type) {
-    with_float_type(out.type, [&](auto* out_type) {
-      for (int64_t i = 0; i < p.rows; ++i) {
-        const auto* x = (__typeof__(grad_type))at(grad_out, b, h, i, 0);
-        const auto* y = (__typeof__(out_type))at(out, b, h, i, 0);
-        float sum = 0.0f;
-        for (int64_t d = 0; d < p.dim; ++d) sum += to_float(x[d * grad_out.stride[3]]) * to_float(y[d * out.stride[3]]);
-        result[task * p.rows + i] = sum;
-      }
-    });
-  });
 }

@@ -93,13 +93,21 @@ static void load_panel(
     const Tensor4& t, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t columns, float* dst) {
   with_float_type(t.type, [&](auto* type) {
     using T = __typeof__(*type);
-    for (int64_t i0 = 0; i0 < kPanel; i0 += 16)  // one cache line of the panel at a time
-      for (int64_t j = 0; j < columns; ++j) {
-        float* to = dst + j * kPanel + i0;
-        const T* src = (const T*)at(t, b, h, row + i0, j);
-        const int64_t here = max(0, min(16, rows - i0));
-        for (int64_t i = 0; i < here; ++i) to[i] = to_float(src[i * t.stride[2]]);
-        for (int64_t i = here; i < 16; ++i) to[i] = 0.0f;
+    for (int64_t i0 = 0; i0 < kPanel; i0 += kLanes)
+      for (int64_t j0 = 0; j0 < columns; j0 += kLanes) {
+        float block[kLanes][kLanes] = {};
+        const int64_t here = min(kLanes, columns - j0);
+        for (int64_t i = 0; i < min(kLanes, rows - i0); ++i) {
+          const T* src = (const T*)at(t, b, h, row + i0 + i, j0);
+          if (here == kLanes && t.stride[3] == 1)
+            for (int64_t j = 0; j < kLanes; ++j) block[i][j] = to_float(src[j]);
+          else
+            for (int64_t j = 0; j < here; ++j) block[i][j] = to_float(src[j * t.stride[3]]);
+        }
+        vec square[kLanes];
+        for (int i = 0; i < kLanes; ++i) square[i] = load(block[i]);
+        transpose(square);
+        for (int64_t j = 0; j < here; ++j) store(dst + (j0 + j) * kPanel + i0, square[j]);
       }
   });
 }

@@ -25,7 +25,8 @@ struct ForwardScratch {
   float* query;    // (tile_rows, padded_dim)
   float* out;      // (tile_rows, padded_dim)
   float* maximum;  // (tile_rows): of the scores so far
-  float* sum;      // (tile_rows): of exp(score - pivot) so far
+  float* sum;      // (tile_rows, kLanes): of exp(score - pivot) so far, each lane its own columns
+  float* inverse;  // (tile_rows): 1 / sum of the row, 0 without a key; written by store_head
   float* factors;  // (tile_rows, kBlockKeys): dropout of one block, if any
   float* pivots;   // (blocks, tile_rows): what was subtracted from the scores of that block
   float* scores;   // (tile_rows, score_row): one block, or all keys where weights are wanted
@@ -48,7 +49,8 @@ struct ForwardScratch {
     query = take(rows * p.padded_dim());
     out = take(rows * p.padded_dim());
     maximum = take(row_floats);
-    sum = take(row_floats);
+    sum = take(rows * kLanes);
+    inverse = take(row_floats);
     factors = take(p.drop_below ? rows * kBlockKeys : 0);
     pivots = take(blocks * rows);
     scores = take(rows * score_row);
@@ -74,19 +76,19 @@ static void softmax_step(
     const float pivot = highest == -kInfinity ? 0.0f : highest;
     if (highest != before) {
       const float correction = before == -kInfinity ? 0.0f : exp(before - pivot);
-      sum[i] *= correction;
+      store(sum + i * kLanes, load(sum + i * kLanes) * correction);
       for (int64_t d = 0; d < out_row; d += kLanes) store(out + i * out_row + d, load(out + i * out_row + d) * correction);
       maximum[i] = highest;
     }
     pivots[i] = pivot;
-    vec total[4] = {};
+    vec total[4] = {load(sum + i * kLanes)};
     for (int64_t j = 0; j < columns; j += 4 * kLanes)
       for (int v = 0; v < 4; ++v) {
         const vec e = exp(load(s + j + v * kLanes) - pivot);
         store(s + j + v * kLanes, e);
         total[v] += e;
       }
-    sum[i] += sum_lanes((total[0] + total[1]) + (total[2] + total[3]));
+    store(sum + i * kLanes, (total[0] + total[1]) + (total[2] + total[3]));
   }
 }
 
@@ -100,10 +102,16 @@ static void store_head(const Forward& f, int64_t b, int64_t h, int64_t row, int6
   const Problem& p = f.problem;
   for (int64_t i = 0; i < rows; ++i) {
     const bool empty = s.maximum[i] == -kInfinity;
-    const float inverse = empty ? 0.0f : 1.0f / s.sum[i];
+    const float sum = sum_lanes(load(s.sum + i * kLanes)), inverse = empty ? 0.0f : 1.0f / sum;
+    s.inverse[i] = inverse;
     store_row(s.out + i * p.padded_dim(), p.dim, inverse, at(f.out, b, h, row + i, 0), f.out.type);
-    f.logsumexp[(b * p.heads + h) * p.rows + row + i] =
-        empty ? -kInfinity : s.maximum[i] + __builtin_logf(s.sum[i]);
+    float* logsumexp = f.logsumexp + (b * p.heads + h) * p.rows + row + i;
+    const float logarithm = empty ? 0.0f : __builtin_logf(sum), number = s.maximum[i] + logarithm;
+    logsumexp[0] = number;
+    // Of the two addends the larger in size is first: then the difference is what rounding the sum lost, exactly.
+    const bool ordered = __builtin_fabsf(s.maximum[i]) >= logarithm;
+    const float lost = ordered ? (s.maximum[i] - number) + logarithm : (logarithm - number) + s.maximum[i];
+    logsumexp[p.batch * p.heads * p.rows] = empty ? 0.0f : lost;
   }
 }
 
@@ -114,10 +122,9 @@ static void store_weights(
   const bool mean = f.mode == WeightsMode::mean;
   for (int64_t i = 0; i < rows; ++i) {
     const bool empty = s.maximum[i] == -kInfinity;
-    const float inverse = empty ? 0.0f : 1.0f / s.sum[i];
     for (int64_t j = range.begin, block = 0; j < range.end; j += kBlockKeys, ++block) {
       const float pivot = s.pivots[block * f.tile_rows + i];
-      const float factor = empty ? 0.0f : inverse * (pivot == s.maximum[i] ? 1.0f : exp(pivot - s.maximum[i]));
+      const float factor = s.inverse[i] * (pivot == s.maximum[i] || empty ? 1.0f : exp(pivot - s.maximum[i]));
       const float* from = s.scores + i * s.score_row + (j - range.begin);
       const int64_t n = min(min(kBlockKeys, range.end - j), p.keys - j);
       if (mean)
@@ -139,7 +146,7 @@ static void forward_head(
   for (int64_t i = 0; i < rows * dim; ++i) s.out[i] = 0.0f;
   for (int64_t i = 0; i < rows; ++i) {
     s.maximum[i] = -kInfinity;
-    s.sum[i] = 0.0f;
+    store(s.sum + i * kLanes, vec{});
   }
   const bool keep = f.mode != WeightsMode::none;
   for (int64_t j = range.begin, block = 0; j < range.end; j += kBlockKeys, ++block) {

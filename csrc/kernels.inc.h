@@ -5,7 +5,7 @@
 //     kAccumulators  accumulators of a block: the register file less what the operands need
 //     kMaxRows       most rows of a block
 //
-// Nothing from a standard or torch header may be called here: a shared inline function compiled for AVX-512 could be
+// No function of a standard or torch header may be called here: a shared inline function compiled for AVX-512 could be
 // the copy that the linker keeps for everyone. So the headers below have no includes and no include guards.
 
 namespace fastattn {
@@ -26,8 +26,8 @@ namespace {
 
 extern const Kernels table;
 const Kernels table = {
-    ISA_NAME,     forward_pack,     forward_scratch, forward_tile, weights_pack, weights_scratch,
-    weights_tile, backward_scratch, backward_task,   row_dot,
+    ISA_NAME,        forward_pack, forward_scratch,  forward_tile,  weights_pack,
+    weights_scratch, weights_tile, backward_scratch, backward_task,
 };
 
 }  // namespace ISA

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
 
+#include <array>
 #include <atomic>
 #include <memory>
 #include <new>
@@ -31,6 +32,9 @@ struct OwnedProblem {
   // Throws c10::Error unless query (B, H, L, D), key (B, G, S, D) and the masks fit together.
   OwnedProblem(const at::Tensor& query, const at::Tensor& key, const ProblemArgs& args);
 };
+
+// (2, B, H, L), see attention_cpu.h.
+inline std::array<int64_t, 4> logsumexp_shape(const Problem& p) { return {2, p.batch, p.heads, p.rows}; }
 
 // The tensor's memory and strides; axes of size 1 get stride 0, so that they broadcast.
 Tensor4 tensor4(const at::Tensor& tensor);

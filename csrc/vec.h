@@ -23,7 +23,7 @@ static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 constexpr float kInfinity = __builtin_inff();
 
-// exp(x), within 2 units in the last place; 0 below the smallest normal result, inf above the largest, NaN for NaN.
+// exp(x) for x <= 88, within 2 units in the last place; 0 below the smallest normal result, NaN for NaN.
 //
 // x = n log 2 + r with |r| <= log 2 / 2. n is rounded by adding 1.5 * 2**23, which leaves it in the low bits. The
 // coefficients are the degree-6 minimax fit of exp on that interval with 1 and r fixed (relative error 3e-9).
@@ -40,24 +40,49 @@ static inline vec exp(vec x) {
   q = q * r + 0.4999999403953552f;
   const vec mantissa = (q * r) * r + r + 1.0f;
   const vec result = (vec)((ivec)mantissa + ((ivec)shifted << 23));
-  const vec large = x > 88.0f ? splat(kInfinity) : x;  // keeps NaN
-  return x < -87.0f ? vec{} : (x <= 88.0f ? result : large);
+  return x < -87.0f ? vec{} : result;
 }
 
+// Lane i of the result is lane i ^ DISTANCE of v.
+template <int DISTANCE, int... I>
+static inline vec exchange(vec v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, (I ^ DISTANCE)...);
+}
+
+using Lanes = std::make_integer_sequence<int, kLanes>;
+
+template <int DISTANCE = kLanes / 2>
 static inline float sum_lanes(vec v) {
-  float lanes[kLanes];
-  __builtin_memcpy(lanes, &v, sizeof v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+  if constexpr (DISTANCE == 0)
+    return v[0];
+  else
+    return sum_lanes<DISTANCE / 2>(v + exchange<DISTANCE>(v, Lanes{}));
 }
 
+template <int DISTANCE = kLanes / 2>
 static inline float max_lanes(vec v) {
-  float lanes[kLanes];
-  __builtin_memcpy(lanes, &v, sizeof v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-  return lanes[0];
+  if constexpr (DISTANCE == 0)
+    return v[0];
+  else
+    return max_lanes<DISTANCE / 2>(max(v, exchange<DISTANCE>(v, Lanes{})));
+}
+
+// Swap the off-diagonal blocks of size DISTANCE of rows a and b, DISTANCE apart: one step of a transposition.
+template <int DISTANCE, int... I>
+static inline void swap_blocks(vec& a, vec& b, std::integer_sequence<int, I...>) {
+  const vec upper = __builtin_shufflevector(a, b, ((I & DISTANCE) == 0 ? I : kLanes + I - DISTANCE)...);
+  b = __builtin_shufflevector(a, b, ((I & DISTANCE) == 0 ? I + DISTANCE : kLanes + I)...);
+  a = upper;
+}
+
+// Transpose kLanes rows of kLanes floats in registers.
+template <int DISTANCE = kLanes / 2>
+static inline void transpose(vec (&rows)[kLanes]) {
+  if constexpr (DISTANCE > 0) {
+    for (int i = 0; i < kLanes; ++i)
+      if ((i & DISTANCE) == 0) swap_blocks<DISTANCE>(rows[i], rows[i + DISTANCE], Lanes{});
+    transpose<DISTANCE / 2>(rows);
+  }
 }
 
 static inline float exp(float x) { return exp(splat(x))[0]; }

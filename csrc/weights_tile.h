@@ -30,15 +30,27 @@ struct WeightsScratch {
 
 static int64_t weights_scratch(const Weights& w) { return WeightsScratch(w, nullptr).size; }
 
-// P = exp(S - LSE) in place. A row without a key has LSE -inf and scores -inf: the pivot 0 gives P = 0.
+// The two parts of the logsumexp of one row. Without a key it is -inf, and so are the scores: 0 gives P = 0 there.
+struct Logsumexp {
+  float number, rest;
+
+  Logsumexp(const Problem& p, const float* logsumexp, int64_t b, int64_t h, int64_t row) {
+    const float* here = logsumexp + (b * p.heads + h) * p.rows + row;
+    number = *here == -kInfinity ? 0.0f : *here;
+    rest = here[p.batch * p.heads * p.rows];
+  }
+
+  vec probability(vec score) const { return exp((score - number) - rest); }
+};
+
+// P = exp(S - LSE) in place, of rows from `row` on.
 static void probabilities(
-    float* scores, int64_t score_row, int64_t rows, int64_t columns, const float* logsumexp) {
+    const Problem& p, const float* logsumexp, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t columns,
+    float* scores, int64_t score_row) {
   for (int64_t i = 0; i < rows; ++i) {
-    const float pivot = logsumexp[i] == -kInfinity ? 0.0f : logsumexp[i];
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      float* s = scores + i * score_row + j;
-      store(s, exp(load(s) - pivot));
-    }
+    const Logsumexp lse(p, logsumexp, b, h, row + i);
+    float* s = scores + i * score_row;
+    for (int64_t j = 0; j < columns; j += kLanes) store(s + j, lse.probability(load(s + j)));
   }
 }
 
@@ -58,7 +70,7 @@ static void weights_tile(const Weights& w, int64_t task, float* scratch) {
     for (int64_t j = range.begin; j < range.end; j += kTileKeys) {
       const int64_t columns = min(kTileKeys, range.end - j), n = min(columns, p.keys - j);
       score_tile(p, b, h, row, rows, j, columns, s.query, key + j * p.dim, s.scores, kTileKeys);
-      probabilities(s.scores, kTileKeys, rows, columns, w.logsumexp + (b * p.heads + h) * p.rows + row);
+      probabilities(p, w.logsumexp, b, h, row, rows, columns, s.scores, kTileKeys);
       if (p.drop_below) {
         dropout_tile(p, b, h, row, rows, j, columns, s.factors);
         multiply_tile(s.scores, kTileKeys, rows, columns, s.factors);

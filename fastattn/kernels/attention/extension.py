@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 try:
@@ -42,7 +41,7 @@ def _seed(problem: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *problem: Any) -> tuple[Tensor, Tensor]:
     out, logsumexp, _ = _extension.attention_forward(query, key, value, *_seed(problem), _NO_WEIGHTS)
-    return out, torch.stack((logsumexp, torch.zeros_like(logsumexp)))
+    return out, logsumexp
 
 
 def attention_with_weights(
@@ -50,19 +49,22 @@ def attention_with_weights(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *problem, average = rest
     mode = _MEAN if average else _PER_HEAD
-    out, logsumexp, weights = _extension.attention_forward(query, key, value, *_seed(tuple(problem)), mode)
-    return out, torch.stack((logsumexp, torch.zeros_like(logsumexp))), weights
+    result: tuple[Tensor, Tensor, Tensor] = _extension.attention_forward(
+        query, key, value, *_seed(tuple(problem)), mode
+    )
+    return result
 
 
 def attention_backward(
     grad_out: Tensor | None, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
     logsumexp: Tensor, *rest: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     *problem, attn_mask_grad, padding_grad = rest
-    result: tuple[Tensor, ...] = _extension.attention_backward(
-        grad_out, None if grad_logsumexp is None else grad_logsumexp[0], query, key, value, out, logsumexp[0], *_seed(tuple(problem)), attn_mask_grad, padding_grad
+    grad_high = None if grad_logsumexp is None else grad_logsumexp[0]
+    dquery, dkey, dvalue, *masks = _extension.attention_backward(
+        grad_out, grad_high, query, key, value, out, logsumexp[0], *_seed(tuple(problem)), attn_mask_grad, padding_grad
     )
-    return result
+    return dquery, dkey, dvalue, _wanted(masks, attn_mask_grad, padding_grad)
 
 
 def attention_weights(query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any) -> Tensor:
@@ -73,9 +75,14 @@ def attention_weights(query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any)
 
 def attention_weights_backward(
     grad_weights: Tensor, query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     *problem, average, attn_mask_grad, padding_grad = rest
     dquery, dkey, dlogsumexp, *masks = _extension.attention_weights_backward(
         grad_weights, query, key, logsumexp[0], *_seed(tuple(problem)), average, attn_mask_grad, padding_grad
     )
-    return dquery, dkey, torch.stack((dlogsumexp, torch.zeros_like(dlogsumexp))), *masks
+    dlogsumexp = torch.stack((dlogsumexp, torch.zeros_like(dlogsumexp)))
+    return dquery, dkey, dlogsumexp, _wanted(masks, attn_mask_grad, padding_grad)
+
+
+def _wanted(masks: list[Tensor], *wanted: bool) -> list[Tensor]:
+    return [mask for mask, want in zip(masks, wanted, strict=True) if want]
