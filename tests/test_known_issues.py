@@ -156,9 +156,10 @@ def test_97111_encoder_output_keeps_its_length() -> None:
         assert stack(x, src_key_padding_mask=padding).shape == x.shape
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 def test_86120_encoder_in_eval_is_the_encoder_in_training() -> None:
     """In eval src_key_padding_mask went through other code, with other results (zeros on padding). torch 2.13 fails."""
-    stack = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=False)
+    stack = nn.TransformerEncoder(encoder_layer(), 2)
     x = torch.randn(3, 9, 16)
     padding = torch.arange(9).expand(3, 9) >= torch.tensor([[4], [2], [9]])
     trained = stack(x, src_key_padding_mask=padding)
@@ -287,7 +288,8 @@ def compiled_over_lengths(
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     first = None
-    for length in range(3, 23):
+    # Not from 3, the batch size: equal sizes share a symbol.
+    for length in range(4, 24):
         args, kwargs = inputs(length)
         with torch.set_grad_enabled(backward):
             results = []
