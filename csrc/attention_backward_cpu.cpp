@@ -62,7 +62,7 @@ struct Gradient {
         k.backward_task(task, index, scratch);
       });
     if (task.splits > 1) add_parts();
-    at::Tensor dattn_mask = at::empty({0}, dquery.options()), dpadding = dattn_mask;
+    at::Tensor dattn_mask = at::zeros({1}, dquery.options()), dpadding = at::zeros({1}, dquery.options());
     if (attn_mask) dattn_mask = dmask.to(attn_mask->scalar_type());
     if (key_padding_mask) dpadding = dpadding_parts.sum(1).to(key_padding_mask->scalar_type());
     return {dquery, dkey, third, dattn_mask, dpadding};
@@ -83,35 +83,31 @@ Gradients attention_backward(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& out,
     const at::Tensor& logsumexp, const ProblemArgs& args, bool attn_mask_grad, bool padding_grad) {
   const OwnedProblem owned(query, key, args);
-  const Problem& p = owned.problem;
-  const at::IntArrayRef row_shape = query.sizes().slice(0, 3);
+  const auto logsumexp_sizes = logsumexp_shape(owned.problem);
   check_tensor("value", value, key.sizes(), query.scalar_type());
   check_tensor("out", out, query.sizes(), query.scalar_type());
-  check_tensor("logsumexp", logsumexp, row_shape, at::kFloat);
+  check_tensor("logsumexp", logsumexp, logsumexp_sizes, at::kFloat);
   if (grad_out) check_gradient("grad_out", *grad_out, query.sizes());
-  if (grad_logsumexp) check_gradient("grad_logsumexp", *grad_logsumexp, row_shape);
+  if (grad_logsumexp) check_gradient("grad_logsumexp", *grad_logsumexp, logsumexp_sizes);
 
   Gradient gradient(owned, query, key, args, attn_mask_grad, padding_grad);
   Backward& t = gradient.task;
   at::Tensor dvalue = empty_heads_last(value);
   const at::Tensor dense_logsumexp = logsumexp.contiguous();
-  at::Tensor row_term = at::empty(row_shape, dense_logsumexp.options());
   t.logsumexp = dense_logsumexp.const_data_ptr<float>();
+  at::Tensor dense_grad_logsumexp;
+  if (grad_logsumexp) {
+    dense_grad_logsumexp = grad_logsumexp->select(0, 0).to(at::kFloat).contiguous();
+    t.grad_logsumexp = dense_grad_logsumexp.const_data_ptr<float>();
+  }
   if (grad_out) {
     t.grad_out = tensor4(*grad_out);
+    t.out = tensor4(out);
     t.value = tensor4(value);
     t.dvalue = tensor4(dvalue);
-    const Tensor4 out4 = tensor4(out);
-    const Kernels& k = kernels();
-    run_tasks(p.batch * p.heads, 0, [&](int64_t task, float*) {
-      k.row_dot(p, t.grad_out, out4, row_term.data_ptr<float>(), task);
-    });
   } else {
     dvalue.zero_();
-    row_term.zero_();
   }
-  if (grad_logsumexp) row_term.sub_(*grad_logsumexp);
-  t.row_term = row_term.const_data_ptr<float>();
   return gradient.run(dvalue);
 }
 
@@ -120,7 +116,7 @@ Gradients attention_weights_backward(
     const ProblemArgs& args, bool average, bool attn_mask_grad, bool padding_grad) {
   const OwnedProblem owned(query, key, args);
   const Problem& p = owned.problem;
-  check_tensor("logsumexp", logsumexp, query.sizes().slice(0, 3), at::kFloat);
+  check_tensor("logsumexp", logsumexp, logsumexp_shape(p), at::kFloat);
   if (average)
     check_gradient("grad_weights", grad_weights, {p.batch, p.rows, p.keys});
   else
@@ -132,11 +128,14 @@ Gradients attention_weights_backward(
   t.logsumexp = dense_logsumexp.const_data_ptr<float>();
   t.grad_weights = tensor4(average ? grad_weights.unsqueeze(1) : grad_weights);
   t.grad_weights_scale = average ? 1.0f / static_cast<float>(p.heads) : 1.0f;
-  at::Tensor parts = at::empty({t.splits, p.batch, p.heads, p.rows}, dense_logsumexp.options());
+  // The gradient counts in the first part of the logsumexp only.
+  at::Tensor dlogsumexp = at::zeros(logsumexp_shape(p), dense_logsumexp.options());
+  at::Tensor number = dlogsumexp[0];
+  const at::Tensor parts =
+      t.splits == 1 ? number.unsqueeze(0) : at::empty({t.splits, p.batch, p.heads, p.rows}, number.options());
   t.dlogsumexp = parts.data_ptr<float>();
-  at::Tensor dlogsumexp = parts[0];
   Gradients result = gradient.run(dlogsumexp);
-  for (int64_t split = 1; split < t.splits; ++split) dlogsumexp.add_(parts[split]);
+  for (int64_t split = 0; t.splits > 1 && split < t.splits; ++split) number.add_(parts[split]);
   return result;
 }
 
