@@ -81,6 +81,21 @@ def test_doctor_fails_when_a_backend_is_wrong(
     assert "gradient of key" in printed
 
 
+def test_doctor_reports_a_backend_that_raises(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = doctor._compute
+
+    def broken(name: Backend, case: doctor.Case, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if name is Backend.SDPA:
+            raise RuntimeError("no such kernel")
+        return right(name, case, inputs)
+
+    monkeypatch.setattr(doctor, "_compute", broken)
+    assert doctor.examine(CPU) == 1
+    assert "raised RuntimeError: no such kernel" in capsys.readouterr().out
+
+
 def test_profile(tmp_path: Path) -> None:
     result = run("profile", "--lengths", "8", "16", "--embed-dim", "32", "--heads", "2", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr

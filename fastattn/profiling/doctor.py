@@ -79,7 +79,7 @@ def self_check(device: torch.device) -> tuple[list[Verdict], dict[Backend, str]]
     for name, dtype in tqdm(jobs, desc="self-check", unit="backend", leave=False):
         reason = why_not(name, Request(device.type, dtype, head_dim=64, value_dim=64))
         if reason is None:
-            verdicts.append(_judge(name, dtype, device))
+            verdicts.append(_verdict(name, dtype, device))
         else:
             unavailable[name] = reason
     return verdicts, unavailable
@@ -99,6 +99,14 @@ def _cases(device: torch.device) -> list[Case]:
         Case("causal with padding", (2, 2, 33, 33, 16), causal=True, padding=True),
         Case("additive mask, L != S", (1, 2, 20, 37, 32), bias=True),
     ]
+
+
+def _verdict(name: Backend, dtype: torch.dtype, device: torch.device) -> Verdict:
+    """The judgement; a backend that raises is wrong, and the others are still examined."""
+    try:
+        return _judge(name, dtype, device)
+    except Exception as error:
+        return Verdict(name, dtype, math.inf, f"raised {type(error).__name__}: {error}")
 
 
 def _judge(name: Backend, dtype: torch.dtype, device: torch.device) -> Verdict:
