@@ -2,6 +2,7 @@
 #pragma once
 
 #include <tuple>
+#include <vector>
 
 #include "problem.h"
 
@@ -15,9 +16,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
 at::Tensor attention_weights(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp, const ProblemArgs& args, bool average);
 
-// Five gradients: query, key, value or logsumexp, attn_mask, key_padding_mask; for a mask whose gradient is not wanted
-// one unused number, since tensors without storage would count as aliases of each other.
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// Gradients of query, key, value or logsumexp, and those wanted of attn_mask and key_padding_mask, in that order.
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
 
 Gradients attention_backward(
     const std::optional<at::Tensor>& grad_out, const std::optional<at::Tensor>& grad_logsumexp,

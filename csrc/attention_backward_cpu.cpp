@@ -62,10 +62,10 @@ struct Gradient {
         k.backward_task(task, index, scratch);
       });
     if (task.splits > 1) add_parts();
-    at::Tensor dattn_mask = at::zeros({1}, dquery.options()), dpadding = at::zeros({1}, dquery.options());
-    if (attn_mask) dattn_mask = dmask.to(attn_mask->scalar_type());
-    if (key_padding_mask) dpadding = dpadding_parts.sum(1).to(key_padding_mask->scalar_type());
-    return {dquery, dkey, third, dattn_mask, dpadding};
+    std::vector<at::Tensor> dmasks;
+    if (attn_mask) dmasks.push_back(dmask.to(attn_mask->scalar_type()));
+    if (key_padding_mask) dmasks.push_back(dpadding_parts.sum(1).to(key_padding_mask->scalar_type()));
+    return {dquery, dkey, third, dmasks};
   }
 
  private:
@@ -132,7 +132,7 @@ Gradients attention_weights_backward(
   at::Tensor dlogsumexp = at::zeros(logsumexp_shape(p), dense_logsumexp.options());
   at::Tensor number = dlogsumexp[0];
   const at::Tensor parts =
-      t.splits == 1 ? number.unsqueeze(0) : at::empty({t.splits, p.batch, p.heads, p.rows}, number.options());
+      t.splits == 1 ? number : at::empty({t.splits, p.batch, p.heads, p.rows}, number.options());
   t.dlogsumexp = parts.data_ptr<float>();
   Gradients result = gradient.run(dlogsumexp);
   for (int64_t split = 0; t.splits > 1 && split < t.splits; ++split) number.add_(parts[split]);

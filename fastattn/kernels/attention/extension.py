@@ -60,16 +60,15 @@ def attention_backward(
     logsumexp: Tensor, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     *problem, attn_mask_grad, padding_grad = rest
-    grad_high = None if grad_logsumexp is None else grad_logsumexp[0]
-    dquery, dkey, dvalue, *masks = _extension.attention_backward(
-        grad_out, grad_high, query, key, value, out, logsumexp[0], *_seed(tuple(problem)), attn_mask_grad, padding_grad
+    result: tuple[Tensor, Tensor, Tensor, list[Tensor]] = _extension.attention_backward(
+        grad_out, grad_logsumexp, query, key, value, out, logsumexp, *_seed(tuple(problem)), attn_mask_grad, padding_grad
     )
-    return dquery, dkey, dvalue, _wanted(masks, attn_mask_grad, padding_grad)
+    return result
 
 
 def attention_weights(query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any) -> Tensor:
     *problem, average = rest
-    result: Tensor = _extension.attention_weights(query, key, logsumexp[0], *_seed(tuple(problem)), average)
+    result: Tensor = _extension.attention_weights(query, key, logsumexp, *_seed(tuple(problem)), average)
     return result
 
 
@@ -77,12 +76,7 @@ def attention_weights_backward(
     grad_weights: Tensor, query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     *problem, average, attn_mask_grad, padding_grad = rest
-    dquery, dkey, dlogsumexp, *masks = _extension.attention_weights_backward(
-        grad_weights, query, key, logsumexp[0], *_seed(tuple(problem)), average, attn_mask_grad, padding_grad
+    result: tuple[Tensor, Tensor, Tensor, list[Tensor]] = _extension.attention_weights_backward(
+        grad_weights, query, key, logsumexp, *_seed(tuple(problem)), average, attn_mask_grad, padding_grad
     )
-    dlogsumexp = torch.stack((dlogsumexp, torch.zeros_like(dlogsumexp)))
-    return dquery, dkey, dlogsumexp, _wanted(masks, attn_mask_grad, padding_grad)
-
-
-def _wanted(masks: list[Tensor], *wanted: bool) -> list[Tensor]:
-    return [mask for mask, want in zip(masks, wanted, strict=True) if want]
+    return result
