@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -57,12 +56,13 @@ class Explanation:
 
 MAX_HEAD_DIM = 256
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_forced: contextvars.ContextVar[Backend | None] = contextvars.ContextVar("fastattn_backend", default=None)
+# A plain global: torch.compile guards on it, and recompiles when it changes; it cannot trace a ContextVar.
+_forced: Backend | None = None
 
 
 @contextlib.contextmanager
 def backend(name: str | Backend) -> Iterator[None]:
-    """Force one backend inside the block; a call it cannot serve raises instead of falling back.
+    """Force one backend inside the block, in all threads; a call it cannot serve raises instead of falling back.
 
     ``name`` is "triton", "cpu", "sdpa", "reference", or "auto" for the usual choice.
 
@@ -71,16 +71,17 @@ def backend(name: str | Backend) -> Iterator[None]:
     allowed = [member.value for member in Backend]
     if name != "auto" and name not in allowed:
         raise ValueError(f"backend: got {name!r}, allowed are 'auto', {', '.join(map(repr, allowed))}")
-    token = _forced.set(None if name == "auto" else Backend(name))
+    global _forced
+    previous, _forced = _forced, None if name == "auto" else Backend(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = previous
 
 
 def forced_backend() -> Backend | None:
     """The backend of the innermost ``with fastattn.backend(...)`` block, or None."""
-    return _forced.get()
+    return _forced
 
 
 def why_not(name: Backend, request: Request) -> str | None:

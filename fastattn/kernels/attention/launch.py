@@ -156,17 +156,14 @@ def attention_with_weights(query: Tensor, key: Tensor, value: Tensor, *rest: Any
 def attention_backward(
     grad_out: Tensor | None, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
     logsumexp: Tensor, *rest: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """See ``op``."""
     *problem, attn_mask_grad, padding_grad = rest
     shared = _Problem(query, key, *problem)
     dquery, dkey, dvalue = (shapes.empty_like_heads_last(tensor) for tensor in (query, key, value))
-    masks = [
-        shapes.empty_mask_grad(mask, wanted, query)
-        for mask, wanted in zip(problem[:2], (attn_mask_grad, padding_grad), strict=True)
-    ]
+    masks = shapes.empty_mask_grads(problem[:2], (attn_mask_grad, padding_grad))
     if shared.empty:
-        return tuple(grad.zero_() for grad in (dquery, dkey, dvalue, *masks))
+        return dquery.zero_(), dkey.zero_(), dvalue.zero_(), [mask.zero_() for mask in masks]
     dout = _heads(torch.zeros_like(out) if grad_out is None else grad_out.to(out.dtype))
     delta = query.new_empty(query.shape[:3], dtype=torch.float32)
     tile = config.tile("delta", shared.dtype, shared.head_dim)
@@ -183,24 +180,21 @@ def attention_backward(
         "logsumexp": logsumexp.contiguous(), "delta": delta, "dropout": shared.dropout_arguments,
     }  # fmt: skip
     _launch_gradients(shared, common, dquery, None, dkey, dvalue, masks)
-    return dquery, dkey, dvalue, *masks
+    return dquery, dkey, dvalue, masks
 
 
 def attention_weights_backward(
     grad_weights: Tensor, query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """See ``op``."""
     *problem, average, attn_mask_grad, padding_grad = rest
     shared = _Problem(query, key, *problem)
     dquery, dkey = shapes.empty_like_heads_last(query), shapes.empty_like_heads_last(key)
     dlogsumexp = shapes.empty_logsumexp(query)
     dlogsumexp[1] = 0.0
-    masks = [
-        shapes.empty_mask_grad(mask, wanted, query)
-        for mask, wanted in zip(problem[:2], (attn_mask_grad, padding_grad), strict=True)
-    ]
+    masks = shapes.empty_mask_grads(problem[:2], (attn_mask_grad, padding_grad))
     if shared.empty:
-        return tuple(grad.zero_() for grad in (dquery, dkey, dlogsumexp, *masks))
+        return dquery.zero_(), dkey.zero_(), dlogsumexp.zero_(), [mask.zero_() for mask in masks]
     if average:
         grad_weights = grad_weights.unsqueeze(1).expand(-1, shared.heads, -1, -1)
     seed, threshold, keep_scale = shared.dropout_arguments
@@ -210,7 +204,7 @@ def attention_weights_backward(
         "dropout": primitives.Dropout(seed, threshold, keep_scale / (shared.heads if average else 1)),
     }  # fmt: skip
     _launch_gradients(shared, common, dquery, dlogsumexp, dkey, None, masks)
-    return dquery, dkey, dlogsumexp, *masks
+    return dquery, dkey, dlogsumexp, masks
 
 
 def _launch_gradients(
@@ -230,8 +224,7 @@ def _launch_gradients(
         **common, dkey=_heads(dkey), dvalue=_heads(dvalue), scale=shared.scale, score_scale=shared.score_scale,
     )  # fmt: skip
     for grad in masks:
-        if grad.dim() > 1:
-            _launch_mask_gradient(shared, common, grad if grad.dim() == 4 else grad[:, None, None, :])
+        _launch_mask_gradient(shared, common, grad if grad.dim() == 4 else grad[:, None, None, :])
 
 
 def _launch_mask_gradient(shared: _Problem, common: dict[str, Any], grad: Tensor) -> None:

@@ -40,12 +40,12 @@ _SCHEMAS = {
     "attention_backward": (
         "(Tensor? grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, "
         f"Tensor logsumexp, {_PROBLEM}, bool attn_mask_grad, bool padding_grad, str backend) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "-> (Tensor, Tensor, Tensor, Tensor[])"
     ),
     "attention_weights": f"(Tensor query, Tensor key, Tensor logsumexp, {_PROBLEM}, bool average, str backend) -> Tensor",
     "attention_weights_backward": (
         f"(Tensor grad_weights, Tensor query, Tensor key, Tensor logsumexp, {_PROBLEM}, bool average, "
-        "bool attn_mask_grad, bool padding_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "bool attn_mask_grad, bool padding_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor[])"
     ),
     "attention_with_weights": (
         f"(Tensor query, Tensor key, Tensor value, {_PROBLEM}, bool average, str backend) -> (Tensor, Tensor, Tensor)"
@@ -85,11 +85,10 @@ def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple
 def _attention_backward_fake(
     grad_out: Tensor | None, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
     logsumexp: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, *rest: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    attn_mask_grad, padding_grad = rest[-3:-1]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     return (
         shapes.empty_like_heads_last(query), shapes.empty_like_heads_last(key), shapes.empty_like_heads_last(value),
-        shapes.empty_mask_grad(attn_mask, attn_mask_grad, query), shapes.empty_mask_grad(key_padding_mask, padding_grad, query),
+        shapes.empty_mask_grads((attn_mask, key_padding_mask), rest[-3:-1]),
     )  # fmt: skip
 
 
@@ -102,11 +101,10 @@ def _attention_weights_fake(query: Tensor, key: Tensor, logsumexp: Tensor, *rest
 def _attention_weights_backward_fake(
     grad_weights: Tensor, query: Tensor, key: Tensor, logsumexp: Tensor, attn_mask: Tensor | None,
     key_padding_mask: Tensor | None, *rest: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    attn_mask_grad, padding_grad = rest[-3:-1]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     return (
         shapes.empty_like_heads_last(query), shapes.empty_like_heads_last(key), shapes.empty_logsumexp(query),
-        shapes.empty_mask_grad(attn_mask, attn_mask_grad, query), shapes.empty_mask_grad(key_padding_mask, padding_grad, query),
+        shapes.empty_mask_grads((attn_mask, key_padding_mask), rest[-3:-1]),
     )  # fmt: skip
 
 
@@ -128,8 +126,9 @@ def _save_problem(ctx: Any, tensors: tuple[Tensor, ...], problem: tuple[Any, ...
     ctx.set_materialize_grads(False)
 
 
-def _mask_results(ctx: Any, grads: tuple[Tensor, Tensor]) -> list[Tensor | None]:
-    return [grad if wanted else None for grad, wanted in zip(grads, ctx.mask_grads, strict=True)]
+def _mask_results(ctx: Any, grads: list[Tensor]) -> list[Tensor | None]:
+    remaining = iter(grads)
+    return [next(remaining) if wanted else None for wanted in ctx.mask_grads]
 
 
 def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -142,12 +141,12 @@ def _attention_vjp(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor | N
     *tensors, attn_mask, key_padding_mask, seed = ctx.saved_tensors
     if grad_out is None and grad_logsumexp is None:
         return (None,) * (3 + _PROBLEM_ARGS + len(ctx.backend))
-    dquery, dkey, dvalue, *dmasks = torch.ops.fastattn.attention_backward(
+    dquery, dkey, dvalue, dmasks = torch.ops.fastattn.attention_backward(
         grad_out, grad_logsumexp, *tensors, attn_mask, key_padding_mask, seed, *ctx.numbers, *ctx.mask_grads,
         ctx.backend[-1],
     )  # fmt: skip
     return (
-        dquery, dkey, dvalue, *_mask_results(ctx, (dmasks[0], dmasks[1])), *(None,) * 5, *(None,) * len(ctx.backend)
+        dquery, dkey, dvalue, *_mask_results(ctx, dmasks), *(None,) * 5, *(None,) * len(ctx.backend)
     )  # fmt: skip
 
 
@@ -161,11 +160,11 @@ def _weights_vjp(ctx: Any, grad_weights: Tensor | None) -> tuple[Any, ...]:
     query, key, logsumexp, attn_mask, key_padding_mask, seed = ctx.saved_tensors
     if grad_weights is None:
         return (None,) * (3 + _PROBLEM_ARGS + 2)
-    dquery, dkey, dlogsumexp, *dmasks = torch.ops.fastattn.attention_weights_backward(
+    dquery, dkey, dlogsumexp, dmasks = torch.ops.fastattn.attention_weights_backward(
         grad_weights, query, key, logsumexp, attn_mask, key_padding_mask, seed, *ctx.numbers, ctx.average,
         *ctx.mask_grads, ctx.backend,
     )  # fmt: skip
-    return (dquery, dkey, dlogsumexp, *_mask_results(ctx, (dmasks[0], dmasks[1])), *(None,) * 7)
+    return (dquery, dkey, dlogsumexp, *_mask_results(ctx, dmasks), *(None,) * 7)
 
 
 def _attention_with_weights_vjp(
@@ -174,18 +173,20 @@ def _attention_with_weights_vjp(
     """The weights as a function of the logsumexp, then the attention with the logsumexp gradient they add."""
     query, key, _, _, logsumexp, attn_mask, key_padding_mask, seed = ctx.saved_tensors
     average, backend = ctx.backend
-    first: tuple[Any, ...] = (None,) * 5
+    extra: list[Any] = [None] * 3
+    dmasks: list[Tensor | None] = [None, None]
     if grad_weights is not None:
-        first = torch.ops.fastattn.attention_weights_backward(
+        *extra, grads = torch.ops.fastattn.attention_weights_backward(
             grad_weights, query, key, logsumexp, attn_mask, key_padding_mask, seed, *ctx.numbers, average,
             *ctx.mask_grads, backend,
         )  # fmt: skip
-        grad_logsumexp = first[2] if grad_logsumexp is None else grad_logsumexp + first[2]
-    grads = list(_attention_vjp(ctx, grad_out, grad_logsumexp))
-    for place, extra in ((0, first[0]), (1, first[1]), (3, first[3]), (4, first[4])):
-        if grads[place] is not None and extra is not None:
-            grads[place] = grads[place] + extra
-    return tuple(grads)
+        dmasks = _mask_results(ctx, grads)
+        grad_logsumexp = extra[2] if grad_logsumexp is None else grad_logsumexp + extra[2]
+    results = list(_attention_vjp(ctx, grad_out, grad_logsumexp))
+    for place, more in ((0, extra[0]), (1, extra[1]), (3, dmasks[0]), (4, dmasks[1])):
+        if results[place] is not None and more is not None:
+            results[place] = results[place] + more
+    return tuple(results)
 
 
 torch.library.register_autograd(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,6 @@ def empty_like_heads_last(tensor: Tensor) -> Tensor:
     return tensor.new_empty(batch, rows, heads, dim).transpose(1, 2)
 
 
-def empty_mask_grad(mask: Tensor | None, wanted: bool, like: Tensor) -> Tensor:
-    """The gradient of a mask, contiguous in the mask's own shape and dtype; no elements where nobody wants it."""
-    return mask.new_empty(mask.shape) if wanted and mask is not None else like.new_empty(0)
+def empty_mask_grads(masks: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
+    """The gradients of those masks for which one is wanted, contiguous in the mask's own shape and dtype."""
+    return [mask.new_empty(mask.shape) for mask, want in zip(masks, wanted, strict=True) if want and mask is not None]

@@ -1,0 +1,188 @@
+"""The operators under torch's own checks: opcheck, torch.compile without recompiling, autocast, export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn.dispatch import Backend, Request, why_not
+from fastattn.kernels.attention import config
+from fastattn.kernels.attention.config import Tile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = [
+    name
+    for name in (Backend.TRITON, Backend.CPU)
+    if why_not(name, Request(device_type=DEVICE, dtype=torch.float32, head_dim=8, value_dim=8)) is None
+]
+OPS = torch.ops.fastattn
+
+
+@pytest.fixture(autouse=True)
+def small_tiles() -> Any:
+    with config.override(Tile(16, 16)):
+        yield
+
+
+def _problem(name: str) -> tuple[Any, ...]:
+    """attn_mask, key_padding_mask, seed, dropout_p, scale, lower, upper of a named combination."""
+    mask = padding = seed = lower = upper = None
+    dropout_p = 0.0
+    if "mask" in name:
+        mask = torch.randn(1, 2, 5, 7, device=DEVICE, requires_grad=True)
+    if "padding" in name:
+        padding = torch.tensor([[True] * 4 + [False] * 3, [True] * 7], device=DEVICE)
+    if "dropout" in name:
+        seed, dropout_p = torch.tensor([7], device=DEVICE), 0.25
+    if "band" in name:
+        lower, upper = -3, 1
+    return mask, padding, seed, dropout_p, 0.3, lower, upper
+
+
+def _inputs(dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8))
+    if layout == "heads_last":
+        tensors = [torch.randn(b, n, h, d, dtype=dtype, device=DEVICE).transpose(1, 2) for b, h, n, d in shapes]
+    else:
+        tensors = [torch.randn(shape, dtype=dtype, device=DEVICE) for shape in shapes]
+    query, key, value = (tensor.detach().requires_grad_() for tensor in tensors)
+    return query, key, value
+
+
+PROBLEMS = ("plain", "band", "padding", "dropout", "padding dropout band")
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [(torch.float32, "heads_last"), (torch.float16, "heads_first"), (torch.bfloat16, "heads_last")]
+)
+def test_opcheck(backend: Backend, problem: str, dtype: torch.dtype, layout: str) -> None:
+    query, key, value = _inputs(dtype, layout)
+    arguments = _problem(problem)
+    name = backend.value
+    # The eager and the compiled run of a test draw gradients of their own; half precision rounds them apart.
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    torch.library.opcheck(OPS.attention, (query, key, value, *arguments, name), **tolerance)
+    out, logsumexp = OPS.attention(query, key, value, *arguments, name)
+    out, logsumexp = out.detach(), logsumexp.detach()
+    plain = (query.detach(), key.detach(), value.detach())
+    torch.library.opcheck(
+        OPS.attention_backward,
+        (torch.randn_like(out), torch.randn_like(logsumexp), *plain, out, logsumexp, *arguments, False, False, name),
+    )
+    leaf = logsumexp.clone().requires_grad_()
+    for average in (True, False):
+        torch.library.opcheck(
+            OPS.attention_weights, (query, key, leaf, *arguments, average, name), **tolerance
+        )
+        weights = OPS.attention_weights(*plain[:2], logsumexp, *arguments, average, name)
+        torch.library.opcheck(
+            OPS.attention_weights_backward,
+            (torch.randn_like(weights), *plain[:2], logsumexp, *arguments, average, False, False, name),
+        )
+    torch.library.opcheck(OPS.attention_with_weights, (query, key, value, *arguments, True, name), **tolerance)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_opcheck_of_a_mask_with_gradient(backend: Backend) -> None:
+    query, key, value = _inputs(torch.float32, "heads_last")
+    mask = torch.randn(2, 1, 5, 7, device=DEVICE, requires_grad=True)
+    padding = torch.randn(2, 7, device=DEVICE, requires_grad=True)
+    arguments = (mask, padding, None, 0.0, 0.3, None, 2)
+    torch.library.opcheck(OPS.attention, (query, key, value, *arguments, backend.value), rtol=1e-3, atol=1e-3)
+
+
+class _Counter:
+    """A compiler backend that counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        self.count += 1
+        return module.forward
+
+
+def _loss(query: Tensor, key: Tensor, padding: Tensor, causal: bool, weights: bool) -> Tensor:
+    result = fastattn.scaled_dot_product_attention(
+        query, key, key, is_causal=causal, key_padding_mask=padding, need_weights=weights
+    )
+    return sum(part.square().sum() for part in result) if weights else result.square().sum()
+
+
+@pytest.mark.parametrize("backend", [*KERNELS, Backend.SDPA, Backend.REFERENCE, "auto"])
+@pytest.mark.parametrize("weights", [False, True])
+def test_compile_forward_and_backward_once_for_twenty_lengths(backend: str, weights: bool) -> None:
+    if backend == Backend.SDPA and weights:
+        pytest.skip("torch's fused kernels do not return the weights")
+    torch._dynamo.reset()
+    counter = _Counter()
+    compiled = torch.compile(_loss, fullgraph=True, dynamic=True, backend=counter)
+    with fastattn.backend(backend):
+        for length in range(5, 25):
+            query = torch.randn(2, 2, length, 8, device=DEVICE, requires_grad=True)
+            key = torch.randn(2, 2, length + 3, 8, device=DEVICE, requires_grad=True)
+            padding = torch.arange(length + 3, device=DEVICE).expand(2, -1) < length
+            loss = compiled(query, key, padding, True, weights)
+            grads = torch.autograd.grad(loss, (query, key))
+            expected = _loss(query, key, padding, True, weights)
+            torch.testing.assert_close(loss, expected)
+            for grad, other in zip(grads, torch.autograd.grad(expected, (query, key)), strict=True):
+                torch.testing.assert_close(grad, other)
+    assert counter.count == 1
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_compile_through_aot_autograd(backend: Backend) -> None:
+    """The backward graph is traced from the shape rules, forward and backward run from it."""
+    torch._dynamo.reset()
+    compiled = torch.compile(_loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    with fastattn.backend(backend):
+        for length in (5, 9, 18):
+            query = torch.randn(2, 2, length, 8, device=DEVICE, requires_grad=True)
+            key = torch.randn(2, 2, length, 8, device=DEVICE, requires_grad=True)
+            padding = torch.arange(length, device=DEVICE).expand(2, -1) < length - 1
+            grads = torch.autograd.grad(compiled(query, key, padding, True, True), (query, key))
+            expected = torch.autograd.grad(_loss(query, key, padding, True, True), (query, key))
+            for grad, other in zip(grads, expected, strict=True):
+                torch.testing.assert_close(grad, other)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_casts_inputs_and_leaves_masks(backend: Backend, dtype: torch.dtype) -> None:
+    query, key, value = _inputs(torch.float32, "heads_last")
+    mask = torch.full((5, 7), -70000.0, device=DEVICE)  # -inf in float16: every row would be empty
+    with torch.autocast(DEVICE, dtype=dtype), fastattn.backend(backend):
+        out = fastattn.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+        direct, _ = OPS.attention(query, key, value, mask[None, None], None, None, 0.0, 8**-0.5, None, None, backend.value)
+    assert out.dtype == direct.dtype == dtype
+    assert torch.equal(out, direct)
+    assert (out != 0).all()
+    grads = torch.autograd.grad(out.float().sum(), (query, key, value))
+    assert all(grad.dtype == torch.float32 for grad in grads)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_compiler_drops_weights_nobody_reads(backend: Backend) -> None:
+    seen: list[str] = []
+
+    def collect(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        seen.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    def call(query: Tensor) -> Tensor:
+        return fastattn.scaled_dot_product_attention(query, query, query, need_weights=True)[0]
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    torch._dynamo.reset()
+    with fastattn.backend(backend):
+        torch.compile(call, fullgraph=True, backend=aot_autograd(fw_compiler=collect))(torch.randn(1, 2, 5, 8))
+    assert any("fastattn.attention." in name for name in seen)
+    assert not any("weights" in name for name in seen)
