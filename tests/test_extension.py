@@ -207,6 +207,15 @@ def close(
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}, largest {size:.3g}"
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small problems on busy cores: there, waiting for the other threads takes longer than the tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=extension.instruction_sets() if extension.UNAVAILABLE is None else [])
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     extension.use_instruction_set(request.param)
@@ -303,15 +312,12 @@ def everything(given: Inputs) -> list[Tensor]:
     ids=str,
 )
 def test_bitwise_independent_of_threads(case: Case) -> None:
-    given, threads = inputs(case), torch.get_num_threads()
+    given = inputs(case)
     first = everything(given)
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            for ours, before in zip(everything(given), first, strict=True):
-                assert torch.equal(ours, before)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (2, 3):
+        torch.set_num_threads(count)
+        for ours, before in zip(everything(given), first, strict=True):
+            assert torch.equal(ours, before)
 
 
 @pytest.mark.parametrize(
