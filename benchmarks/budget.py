@@ -256,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check:
         known = {row.key: row for row in read_table()}
         faults += [
-            f"{row.key}: {row.registers} registers, {row.spills} spilled, {row.shared} shared; table {known.get(row.key)}"
+            f"{row.key}: {row.spills} spilled, {row.shared} shared; the table says {known.get(row.key)}"
             for row in rows
             if row.key not in known or (row.shared, row.spills) != (known[row.key].shared, known[row.key].spills)
         ]

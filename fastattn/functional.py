@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastattn import reference, sdpa, validation
-from fastattn.kernels.attention import op  # noqa: F401  registers torch.ops.fastattn
 from fastattn.dispatch import Backend, Explanation, Request, choose
 from fastattn.dispatch import explain as explain_request
+from fastattn.kernels.attention import op  # noqa: F401  registers torch.ops.fastattn
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,8 @@ def _run(
     if backend is Backend.SDPA:
         return sdpa.attention(*tensors, **masks), None, None
     if backend is Backend.REFERENCE:
-        out, lse, weights = reference.attention(*tensors, seed=seed, **masks)
-        weights = (weights.mean(1) if average else weights).to(out.dtype) if need_weights else None
-        return out, lse, weights
+        out, lse, per_head = reference.attention(*tensors, seed=seed, **masks)
+        return out, lse, (per_head.mean(1) if average else per_head).to(out.dtype)
     ops = torch.ops.fastattn
     arguments = (
         problem.attn_mask, problem.key_padding_mask, seed, problem.dropout_p, problem.scale, problem.lower,

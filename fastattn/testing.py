@@ -179,7 +179,7 @@ def evaluate(call: Call, case: AttentionCase, inputs: Inputs) -> dict[str, Tenso
         "lse": lambda: (torch.where(seen, lse, 0.0) * inputs.weigh_lse).sum(),
         "weights": lambda: (weights * inputs.weigh_weights).sum(),
     }
-    loss = sum(parts[name]() for name in case.loss)
+    loss = torch.stack([parts[name]().float() for name in case.loss]).sum()
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     results = {"out": out, "lse": lse, "weights": weights}
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):

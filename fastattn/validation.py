@@ -68,7 +68,7 @@ def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     for got, wanted in zip(mask.shape, target, strict=True):
         if got != 1 and got != wanted:
             raise ValueError(
-                f"attn_mask: got shape {tuple(attn_mask.shape)}, expected one that broadcasts to (B, H, L, S) = {target}"
+                f"attn_mask: got shape {tuple(attn_mask.shape)}, expected broadcastable to (B, H, L, S) = {target}"
             )
     return mask
 

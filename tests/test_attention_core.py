@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from strategies import TILES, attention_cases
 
 import fastattn
 from fastattn.dispatch import Backend, Request, why_not
@@ -14,7 +15,6 @@ from fastattn.kernels.attention import config, launch
 from fastattn.kernels.attention.config import Tile
 from fastattn.philox import dropout_keep
 from fastattn.testing import AttentionCase, check, evaluate, make_inputs, public_call
-from strategies import TILES, attention_cases
 
 Case = AttentionCase
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

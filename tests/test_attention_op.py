@@ -160,7 +160,8 @@ def test_autocast_casts_inputs_and_leaves_masks(backend: Backend, dtype: torch.d
     mask = torch.full((5, 7), -70000.0, device=DEVICE)  # -inf in float16: every row would be empty
     with torch.autocast(DEVICE, dtype=dtype), fastattn.backend(backend):
         out = fastattn.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
-        direct, _ = OPS.attention(query, key, value, mask[None, None], None, None, 0.0, 8**-0.5, None, None, backend.value)
+        problem = (mask[None, None], None, None, 0.0, 8**-0.5, None, None)
+        direct, _ = OPS.attention(query, key, value, *problem, backend.value)
     assert out.dtype == direct.dtype == dtype
     assert torch.equal(out, direct)
     assert (out != 0).all()

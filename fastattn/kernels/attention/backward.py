@@ -51,8 +51,8 @@ def attention_delta(
 
 @triton.jit
 def _walk_keys(
-    dqueries, row_sum, queries, douts, pivot, rest, deltas, begin, end, b, h, first_row, key, value, dweights, scale, masks,
-    dropout, shape, F: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    dqueries, row_sum, queries, douts, pivot, rest, deltas, begin, end, b, h, first_row, key, value, dweights, scale,
+    masks, dropout, shape, F: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the keys [begin, end) to (dqueries, row_sum)."""
@@ -67,8 +67,8 @@ def _walk_keys(
             product, b, h, first_row, first_column, scale, masks, shape, F, EDGE, BLOCK_M, BLOCK_N, False
         )
         dscore, _ = dscore_tile(
-            score, pivot[:, None], rest[:, None], deltas[:, None], dproduct, dweights, b, h, first_row, first_column, shape,
-            dropout, F, BLOCK_M, BLOCK_N, False,
+            score, pivot[:, None], rest[:, None], deltas[:, None], dproduct, dweights, b, h, first_row, first_column,
+            shape, dropout, F, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
         if dweights.pointer is not None:
             row_sum += tl.sum(dscore, 1)
@@ -108,8 +108,8 @@ def attention_dquery(
     full_begin, full_end = full_key_range(begin, end, first_row, last_row, masks, F, BLOCK_N)
     if F.has_lower:
         dqueries, row_sum = _walk_keys(
-            dqueries, row_sum, queries, douts, pivot, rest, deltas, begin, tl.minimum(full_begin, end), b, h, first_row, key,
-            value, dweights, score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            dqueries, row_sum, queries, douts, pivot, rest, deltas, begin, tl.minimum(full_begin, end), b, h, first_row,
+            key, value, dweights, score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     dqueries, row_sum = _walk_keys(
         dqueries, row_sum, queries, douts, pivot, rest, deltas, full_begin, full_end, b, h, first_row, key,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def why_unavailable(device_type: str) -> str | None:
     if _MISSING is not None:
         return _MISSING
     if device_type == "cpu":
-        return None if INTERPRETED else "on the CPU only under Triton's interpreter: set TRITON_INTERPRET=1 before import"
+        return None if INTERPRETED else "the CPU needs Triton's interpreter: set TRITON_INTERPRET=1 before the import"
     if device_type != "cuda":
         return f"device {device_type}; the kernels run on CUDA"
     if torch.cuda.get_device_capability() < (8, 0):
@@ -56,7 +56,7 @@ def verified(device_type: str) -> bool:
 
 def why_not_verified(device_type: str) -> str:
     """The reason ``auto`` does not take the kernels although they can run."""
-    return 'the kernels have not passed the tests on this device with this Triton; force with fastattn.backend("triton")'
+    return 'not verified on this device with this Triton; force it with fastattn.backend("triton")'
 
 
 class _Problem:
@@ -247,7 +247,7 @@ def _launch_mask_gradient(shared: _Problem, common: dict[str, Any], grad: Tensor
 def _masks(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, lower: int | None, upper: int | None
 ) -> primitives.Masks:
-    strides: tuple[int, ...] = (0, 0, 0, 0)
+    strides: Sequence[int] = (0, 0, 0, 0)
     if attn_mask is not None:
         if max(attn_mask.stride()[2:]) > _MAX_STRIDE:
             attn_mask = attn_mask.contiguous()
@@ -255,7 +255,7 @@ def _masks(
             0 if size == 1 else stride for size, stride in zip(attn_mask.shape, attn_mask.stride(), strict=True)
         )
     start = end = None
-    padding_strides: tuple[int, ...] = (0, 0)
+    padding_strides: Sequence[int] = (0, 0)
     if key_padding_mask is not None:
         padding_strides = key_padding_mask.stride()
         start, end = (key_padding_mask.new_empty(key_padding_mask.shape[0], dtype=torch.int32) for _ in range(2))
@@ -264,10 +264,9 @@ def _masks(
                 _bytes(key_padding_mask), start, end, *padding_strides, key_padding_mask.shape[1],
                 PADDING_BOOL=key_padding_mask.dtype == torch.bool, BLOCK_N=_BOUNDS_BLOCK,
             )  # fmt: skip
-    return primitives.Masks(
-        _bytes(attn_mask), *strides, _bytes(key_padding_mask), *padding_strides, start, end,
-        0 if lower is None else lower, 0 if upper is None else upper,
-    )  # fmt: skip
+    mask = (_bytes(attn_mask), *strides)
+    padded = (_bytes(key_padding_mask), *padding_strides, start, end)
+    return primitives.Masks(*mask, *padded, 0 if lower is None else lower, 0 if upper is None else upper)
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:

@@ -42,7 +42,9 @@ _SCHEMAS = {
         f"Tensor logsumexp, {_PROBLEM}, bool attn_mask_grad, bool padding_grad, str backend) "
         "-> (Tensor, Tensor, Tensor, Tensor[])"
     ),
-    "attention_weights": f"(Tensor query, Tensor key, Tensor logsumexp, {_PROBLEM}, bool average, str backend) -> Tensor",
+    "attention_weights": (
+        f"(Tensor query, Tensor key, Tensor logsumexp, {_PROBLEM}, bool average, str backend) -> Tensor"
+    ),
     "attention_weights_backward": (
         f"(Tensor grad_weights, Tensor query, Tensor key, Tensor logsumexp, {_PROBLEM}, bool average, "
         "bool attn_mask_grad, bool padding_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor[])"
@@ -112,7 +114,8 @@ def _attention_weights_backward_fake(
 def _attention_with_weights_fake(
     query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return shapes.empty_output(query, value), shapes.empty_logsumexp(query), shapes.empty_weights(query, key, average=rest[-2])
+    weights = shapes.empty_weights(query, key, average=rest[-2])
+    return shapes.empty_output(query, value), shapes.empty_logsumexp(query), weights
 
 
 # Autograd ----------------------------------------------------------------------------------------------------

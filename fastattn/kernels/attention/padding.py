@@ -9,7 +9,7 @@ def key_bounds(
     padding_ptr, start_ptr, end_ptr, padding_stride_b, padding_stride, columns,
     PADDING_BOOL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """start (B,), end (B,) int32 of a mask (B, S): first key that takes part, one past the last; S and 0 if none does."""
+    """start, end (B,) int32 of a mask (B, S): first key that takes part, one past the last; S and 0 if none does."""
     batch = tl.program_id(0)
     padding_ptr += batch.to(tl.int64) * padding_stride_b
     start = tl.full([BLOCK_N], 2147483647, tl.int32)

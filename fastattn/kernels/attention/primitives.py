@@ -1,6 +1,6 @@
 """What every attention kernel shares: its arguments, which entries take part, their scores, and the dropout mask.
 
-A tile is BLOCK_M queries from ``first_row`` by BLOCK_N keys from ``first_column``; TRANSPOSED tiles are keys by queries.
+A tile is BLOCK_M queries from ``first_row`` by BLOCK_N keys from ``first_column``; TRANSPOSED ones are keys by queries.
 A feature whose pointer is None is absent from the compiled kernel.
 
 Addresses are a 64-bit start of the tile plus 32-bit offsets inside it: one (batch, head) slice may span more than 2**31
@@ -104,7 +104,8 @@ def load_pivot(logsumexp, b, h, first_row, shape, F: tl.constexpr, BLOCK_M: tl.c
     high = tl.load(address, mask=row < shape.rows, other=float("-inf"))
     rest = tl.zeros([BLOCK_M], tl.float32)
     if F.natural:
-        rest = tl.load(address + tl.cast(shape.batches, tl.int64) * shape.heads * shape.rows, mask=row < shape.rows, other=0.0)
+        second = tl.cast(shape.batches, tl.int64) * shape.heads * shape.rows
+        rest = tl.load(address + second, mask=row < shape.rows, other=0.0)
         pivot = high
     else:
         pivot = high * LOG2E
@@ -293,7 +294,7 @@ def dropout_keep(
     dropout, batch_head, first_row, first_column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Which entries of a tile dropout keeps, (BM, BN), or (BN, BM) if TRANSPOSED; ``fastattn.philox`` is its definition.
+    """Which entries of a tile dropout keeps, (BM, BN), or (BN, BM) if TRANSPOSED; ``fastattn.philox`` defines it.
 
     One Philox call serves the four entries whose positions differ in bit 3 of row and column: an accumulator of the
     tensor cores holds them in one thread, so no word has to move. first_row and first_column are multiples of 16.
