@@ -177,7 +177,7 @@ def _call(launch: Any, torch: Any, case: Case) -> None:
 
 def _row(case: Case, name: str, kernel: Any) -> Row:
     metadata = kernel.metadata
-    usage = _resource_usage(kernel.asm["cubin"])
+    assembled = _assemble(case.arch, kernel.asm["ptx"])
     names = kernel.src.fn.arg_names
     block = {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
     return Row(
@@ -186,24 +186,24 @@ def _row(case: Case, name: str, kernel: Any) -> Row:
         tile=f"{block.get('BLOCK_M', '')}x{block.get('BLOCK_N', '')}",
         warps=metadata.num_warps,
         stages=metadata.num_stages,
-        registers=usage["REG"],
-        spills=usage["LOCAL"] + usage["STACK"],
         shared=metadata.shared,
         tensor_core=len(re.findall(_TENSOR_CORE[case.arch], kernel.asm["ptx"])),
-        serialized=0,
+        **assembled,
     )
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, LOCAL and SHARED as cuobjdump of the Triton wheel prints them."""
-    import triton
+def _assemble(arch: int, ptx: str) -> dict[str, int]:
+    """What the assembler of the Triton wheel says of a kernel: registers, bytes spilled, wgmma serialised or not."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text.stdout)}
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={sm_arch_from_capability(arch)}", source, "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    numbers = {"registers": r"Used (\d+) registers", "spills": r"(\d+) bytes spill stores"}
+    found = {name: max(map(int, re.findall(pattern, log))) for name, pattern in numbers.items()}
+    return {**found, "serialized": len(re.findall("serialized", log))}
 
 
 def read_table() -> list[Row]:

@@ -190,6 +190,8 @@ def _run(
         return sdpa.attention(*tensors, **masks), None, None
     if backend is Backend.REFERENCE:
         out, lse, per_head = reference.attention(*tensors, seed=seed, **masks)
+        if not need_weights:
+            return out, lse, None
         return out, lse, (per_head.mean(1) if average else per_head).to(out.dtype)
     ops = torch.ops.fastattn
     arguments = (

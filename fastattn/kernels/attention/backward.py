@@ -16,9 +16,9 @@ import triton.language as tl
 
 from fastattn.kernels.attention.primitives import (
     dscore_tile,
-    full_key_range,
-    full_query_range,
+    first_full_query,
     key_range,
+    last_full_key,
     load_pivot,
     load_rows,
     query_range,
@@ -105,18 +105,15 @@ def attention_dquery(
 
     last_row = tl.minimum(first_row + BLOCK_M, shape.rows) - 1
     begin, end = key_range(batch, first_row, last_row, masks, shape, F, BLOCK_N)
-    full_begin, full_end = full_key_range(begin, end, first_row, last_row, masks, F, BLOCK_N)
-    if F.has_lower:
+    edge = begin
+    if F.split:
+        edge = last_full_key(begin, end, first_row, masks, F, BLOCK_N)
         dqueries, row_sum = _walk_keys(
-            dqueries, row_sum, queries, douts, pivot, rest, deltas, begin, tl.minimum(full_begin, end), b, h, first_row,
-            key, value, dweights, score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            dqueries, row_sum, queries, douts, pivot, rest, deltas, begin, edge, b, h, first_row, key,
+            value, dweights, score_scale, masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     dqueries, row_sum = _walk_keys(
-        dqueries, row_sum, queries, douts, pivot, rest, deltas, full_begin, full_end, b, h, first_row, key,
-        value, dweights, score_scale, masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    dqueries, row_sum = _walk_keys(
-        dqueries, row_sum, queries, douts, pivot, rest, deltas, full_end, end, b, h, first_row, key,
+        dqueries, row_sum, queries, douts, pivot, rest, deltas, edge, end, b, h, first_row, key,
         value, dweights, score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -183,22 +180,20 @@ def attention_dkey_dvalue(
 
     last_column = tl.minimum(first_column + BLOCK_N, shape.columns) - 1
     begin, end = query_range(batch, first_column, last_column, masks, shape, F, BLOCK_M)
-    full_begin, full_end = full_query_range(begin, end, first_column, last_column, masks, F, BLOCK_M)
+    whole = end
+    if F.split:
+        whole = first_full_query(begin, end, last_column, masks, F, BLOCK_M)
     for member in tl.range(0, shape.group):
         h = (key_head * shape.group + member).to(tl.int64)
-        if F.has_upper:
+        if F.has_lower or F.has_upper or not F.split:
             dkeys, dvalues = _walk_queries(
-                dkeys, dvalues, keys, values, begin, tl.minimum(full_begin, end), b, h, first_column, query, dout,
-                logsumexp, delta, dweights, score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                dkeys, dvalues, keys, values, begin, whole, b, h, first_column, query, dout, logsumexp, delta, dweights,
+                score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-        dkeys, dvalues = _walk_queries(
-            dkeys, dvalues, keys, values, full_begin, full_end, b, h, first_column, query, dout,
-            logsumexp, delta, dweights, score_scale, masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        if F.has_lower:
+        if F.split:
             dkeys, dvalues = _walk_queries(
-                dkeys, dvalues, keys, values, full_end, end, b, h, first_column, query, dout,
-                logsumexp, delta, dweights, score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                dkeys, dvalues, keys, values, whole, end, b, h, first_column, query, dout, logsumexp, delta, dweights,
+                score_scale, masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
     store_rows(dkey, b, kh, dkeys * scale, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)

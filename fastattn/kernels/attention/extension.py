@@ -61,8 +61,9 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     *problem, attn_mask_grad, padding_grad = rest
     result: tuple[Tensor, Tensor, Tensor, list[Tensor]] = _extension.attention_backward(
-        grad_out, grad_logsumexp, query, key, value, out, logsumexp, *_seed(tuple(problem)), attn_mask_grad, padding_grad
-    )
+        grad_out, grad_logsumexp, query, key, value, out, logsumexp, *_seed(tuple(problem)), attn_mask_grad,
+        padding_grad,
+    )  # fmt: skip
     return result
 
 

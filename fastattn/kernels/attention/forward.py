@@ -14,8 +14,8 @@ from fastattn.kernels.attention.primitives import (
     LN2,
     dropout_keep,
     exponential,
-    full_key_range,
     key_range,
+    last_full_key,
     load_rows,
     score_tile,
     store_rows,
@@ -73,18 +73,15 @@ def attention_forward(
 
     last_row = tl.minimum(first_row + BLOCK_M, shape.rows) - 1
     begin, end = key_range(batch, first_row, last_row, masks, shape, F, BLOCK_N)
-    full_begin, full_end = full_key_range(begin, end, first_row, last_row, masks, F, BLOCK_N)
-    if F.has_lower:
+    edge = begin
+    if F.split:
+        edge = last_full_key(begin, end, first_row, masks, F, BLOCK_N)
         output, total, maximum = _walk_keys(
-            output, total, maximum, queries, begin, tl.minimum(full_begin, end), b, h, first_row, key, value, scale,
-            masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            output, total, maximum, queries, begin, edge, b, h, first_row, key, value, scale,
+            masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     output, total, maximum = _walk_keys(
-        output, total, maximum, queries, full_begin, full_end, b, h, first_row, key, value, scale,
-        masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    output, total, maximum = _walk_keys(
-        output, total, maximum, queries, full_end, end, b, h, first_row, key, value, scale,
+        output, total, maximum, queries, edge, end, b, h, first_row, key, value, scale,
         masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 

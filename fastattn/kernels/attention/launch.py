@@ -91,6 +91,7 @@ class _Problem:
             has_lower=lower is not None,
             has_upper=upper is not None,
             natural=natural,
+            split=lower is None and not self.masked and not self.dropout,
             precision="ieee" if exact else "tf32",
         )
 
@@ -266,7 +267,8 @@ def _masks(
             )  # fmt: skip
     mask = (_bytes(attn_mask), *strides)
     padded = (_bytes(key_padding_mask), *padding_strides, start, end)
-    return primitives.Masks(*mask, *padded, 0 if lower is None else lower, 0 if upper is None else upper)
+    band = (0 if lower is None else lower, 0 if upper is None else upper)
+    return primitives.Masks._make((*mask, *padded, *band))
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:

@@ -74,7 +74,12 @@ class Dropout(NamedTuple):
 
 @dataclass(frozen=True)
 class Features:
-    """What is compiled in. ``natural``: scores in natural units, because a float mask needs them (see score_tile)."""
+    """What is compiled in.
+
+    ``natural``: scores in natural units, because a float mask needs them (see score_tile). ``split``: tiles that nothing
+    cuts run in a loop of their own without the comparisons; a second copy of a loop that also loads masks or draws
+    dropout costs more registers than the comparisons cost time.
+    """
 
     mask_bool: bool
     mask_rows: bool
@@ -83,6 +88,7 @@ class Features:
     has_lower: bool
     has_upper: bool
     natural: bool
+    split: bool
     precision: str
 
 
@@ -173,17 +179,12 @@ def key_range(batch, first_row, last_row, masks, shape, F: tl.constexpr, BLOCK_N
 
 
 @triton.jit
-def full_key_range(begin, end, first_row, last_row, masks, F: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(begin, end) of the whole tiles in [begin, end) that the band and the end do not cut; multiples of BLOCK_N."""
-    full_begin = begin
-    full_end = end
-    if F.has_lower:
-        first = tl.maximum(last_row + masks.lower, 0)
-        full_begin = tl.maximum(begin, (first + BLOCK_N - 1) // BLOCK_N * BLOCK_N)
+def last_full_key(begin, end, first_row, masks, F: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the tiles from ``begin`` stop being whole: the upper bound of the band or the end cuts the next one."""
+    stop = end
     if F.has_upper:
-        full_end = tl.minimum(end, first_row + masks.upper + 1)
-    full_end = tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N
-    return full_begin, tl.maximum(full_end, full_begin)
+        stop = tl.minimum(stop, first_row + masks.upper + 1)
+    return tl.maximum(tl.maximum(stop, 0) // BLOCK_N * BLOCK_N, begin)
 
 
 @triton.jit
@@ -203,16 +204,12 @@ def query_range(batch, first_column, last_column, masks, shape, F: tl.constexpr,
 
 
 @triton.jit
-def full_query_range(begin, end, first_column, last_column, masks, F: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(begin, end) of the tiles of queries in [begin, end) that the band does not cut; begin a multiple of BLOCK_M."""
-    full_begin = begin
-    full_end = end
+def first_full_query(begin, end, last_column, masks, F: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Where the tiles from ``begin`` start being whole: the upper bound of the band cuts those before."""
+    start = begin
     if F.has_upper:
-        first = tl.maximum(last_column - masks.upper, 0)
-        full_begin = tl.maximum(begin, (first + BLOCK_M - 1) // BLOCK_M * BLOCK_M)
-    if F.has_lower:
-        full_end = tl.minimum(end, tl.maximum(first_column - masks.lower + 1, 0) // BLOCK_M * BLOCK_M)
-    return full_begin, tl.maximum(full_end, full_begin)
+        start = tl.maximum(last_column - masks.upper + BLOCK_M - 1, 0) // BLOCK_M * BLOCK_M
+    return tl.minimum(tl.maximum(start, begin), tl.maximum(end, begin))
 
 
 @triton.jit
