@@ -122,7 +122,7 @@ def strided(shape: tuple[int, ...], case: Case, generator: torch.Generator) -> T
 
 
 def mask(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """About a quarter masked. A float mask leaves a key to every row, see ``test_rows_without_a_key`` for the others."""
+    """About a quarter masked; a float mask leaves a key to every row, see ``test_rows_without_a_key`` for others."""
     keep = torch.rand(shape, generator=generator) > 0.25
     if dtype == torch.bool:
         return keep
@@ -258,7 +258,8 @@ def check_gradients(
 ) -> None:
     """``found`` holds the gradients of query, key, value and of those masks that have one."""
     sources = {"query": given.query, "key": given.key, "value": given.value}
-    sources |= {name: t for name, t in (("attn_mask", given.attn_mask), ("padding", given.padding)) if "d" + name in exact}
+    masks = {"attn_mask": given.attn_mask, "padding": given.padding}
+    sources |= {name: mask for name, mask in masks.items() if "d" + name in exact}
     for (name, source), grad in zip(sources.items(), found, strict=True):
         assert grad.dtype == source.dtype
         dtype = source.dtype if source.dtype in EPS and name != "query" else given.case.dtype
@@ -299,8 +300,7 @@ def everything(given: Inputs) -> list[Tensor]:
     wanted = tuple(mask is not None for mask in problem[:2])
     first = extension.attention_backward(grads["out"], grads["lse"], *tensors, out, lse, *problem, *wanted)
     second = extension.attention_weights_backward(grads["mean"], given.query, given.key, lse, *problem, True, *wanted)
-    results = [out, lse, mean, *first[:3], *first[3], *second[:3], *second[3]]
-    return results
+    return [out, lse, mean, *first[:3], *first[3], *second[:3], *second[3]]
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_rows_of_the_lowest_number_stay_uniform(lowest: float) -> None:
     """Adding the lowest float to every key leaves a uniform row, also where it comes again from the logsumexp."""
     query, key = torch.randn(1, 1, 3, 8), torch.randn(1, 1, 5, 8)
     problem = (torch.full((1, 1, 3, 5), lowest), None, None, 0.0, 0.01, None, None)
-    out, lse, weights = extension.attention_with_weights(query, key, key, *problem, True)
+    _, lse, weights = extension.attention_with_weights(query, key, key, *problem, True)
     again = extension.attention_weights(query, key, lse, *problem, True)
     for found in (weights, again):
         torch.testing.assert_close(found, torch.full((1, 3, 5), 0.2), atol=1e-6 if lowest < -1e10 else 0.02, rtol=0)
