@@ -52,7 +52,7 @@ CASES = [
     Case(rows=1, keys=300, dim=64),
     Case(rows=130, keys=260, dim=64),
     Case(batch=1, rows=200, keys=1100, dim=32),  # several splits in the backward
-    Case(batch=1, rows=60, keys=2200, dim=24),  # the shorter row tile of the forward with weights
+    Case(batch=1, rows=60, keys=2200, dim=24),  # the higher row tile of the forward with weights
     Case(rows=70, keys=65, dim=256),
     Case(dim=33),
     Case(dim=80),
