@@ -130,10 +130,14 @@ def _order(request: Request) -> tuple[tuple[Backend, str], ...]:
 
 
 def explain(request: Request) -> Explanation:
-    """Choose: the forced backend if there is one, else the first in the order of preference that can serve it."""
+    """Choose: the forced backend if there is one, else the first in the order of preference that can serve it.
+
+    Raises RuntimeError, as ``choose`` does, when a forced backend cannot serve it.
+    """
     forced = forced_backend()
     reasons = {name: why_not(name, request) for name in Backend}
     if forced is not None:
+        choose(request)
         chosen, because = forced, f'forced by fastattn.backend("{forced}")'
     else:
         order = [(name, text) for name, text in _order(request) if reasons[name] is None]

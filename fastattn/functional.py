@@ -81,7 +81,7 @@ def scaled_dot_product_attention(
     """
     problem = _prepare(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_padding_mask, window,
-        causal_alignment, need_weights, return_lse,
+        causal_alignment, need_weights, average_weights, return_lse,
     )  # fmt: skip
     backend = choose(problem.request)
     seed = _draw_seed(problem) if problem.dropout_p > 0.0 and backend is not Backend.SDPA else None
@@ -118,7 +118,7 @@ def explain(
     """
     problem = _prepare(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_padding_mask, window,
-        causal_alignment, need_weights, return_lse,
+        causal_alignment, need_weights, average_weights, return_lse,
     )  # fmt: skip
     return explain_request(problem.request)
 
@@ -126,10 +126,14 @@ def explain(
 def _prepare(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
     scale: float | None, enable_gqa: bool, key_padding_mask: Tensor | None, window: Sequence[int | None] | None,
-    causal_alignment: str, need_weights: bool, return_lse: bool,
+    causal_alignment: str, need_weights: bool, average_weights: bool, return_lse: bool,
 ) -> _Problem:  # fmt: skip
     """Check the arguments and bring them to four dimensions."""
     validation.check_tensors(query, key, value)
+    validation.check_flags(
+        is_causal=is_causal, enable_gqa=enable_gqa, need_weights=need_weights, average_weights=average_weights,
+        return_lse=return_lse,
+    )  # fmt: skip
     batch_shape = query.shape[:-2]
     if query.dim() != 4:
         query, key, value = (_four_dimensions(tensor) for tensor in (query, key, value))
@@ -145,7 +149,9 @@ def _prepare(
     if key_padding_mask is not None:
         validation.check_key_padding_mask(key_padding_mask, query, key)
     device_type = query.device.type
-    if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
+    # The meta device has no autocast, and asking for its state is an error.
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if autocast and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if is_causal:
@@ -187,6 +193,10 @@ def _run(
     }
     tensors = (problem.query, problem.key, problem.value)
     if backend is Backend.SDPA:
+        # torch's fused causal kernels multiply -inf by the scale: a scale that is not positive makes NaN of it.
+        if problem.scale <= 0.0:
+            query, masks["scale"] = (-problem.query, -problem.scale) if problem.scale else (problem.query * 0.0, 1.0)
+            tensors = (query, problem.key, problem.value)
         return sdpa.attention(*tensors, **masks), None, None
     if backend is Backend.REFERENCE:
         out, lse, per_head = reference.attention(*tensors, seed=seed, **masks)
@@ -226,12 +236,10 @@ def _four_dimensional_mask(mask: Tensor, batch_shape: torch.Size, query: Tensor,
     if len(batch_shape) < 2 or mask.dim() <= 3:
         return mask
     target = (*batch_shape, query.shape[2], key.shape[2])
-    try:
-        return mask.expand(*torch.broadcast_shapes(mask.shape, (*batch_shape, 1, 1))).flatten(0, -4)
-    except RuntimeError:
-        raise ValueError(
-            f"attn_mask: got shape {tuple(mask.shape)}, expected one that broadcasts to {tuple(target)}"
-        ) from None
+    pairs = zip(reversed(mask.shape), reversed(target), strict=False)
+    if mask.dim() > len(target) or any(got != 1 and got != wanted for got, wanted in pairs):
+        raise ValueError(f"attn_mask: got shape {tuple(mask.shape)}, expected broadcastable to {tuple(target)}")
+    return mask.expand(*batch_shape[:-1], *((1,) * (4 - mask.dim()) + mask.shape)[-3:]).flatten(0, -4)
 
 
 def _restore(tensor: Tensor, batch_shape: torch.Size, own: int) -> Tensor:

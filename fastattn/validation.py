@@ -16,6 +16,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+        _check_layout(name, tensor)
         if tensor.dim() < 2:
             raise ValueError(
                 f"{name}: got shape {tuple(tensor.shape)}, expected at least 2 dimensions (..., length, head_dim)"
@@ -31,6 +32,18 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(f"{name}: got device {tensor.device}, expected query's {query.device}")
         if tensor.dim() != query.dim():
             raise ValueError(f"{name}: got {tensor.dim()} dimensions, expected query's {query.dim()}")
+        # Flattened to one batch, (2, 3) and (3, 2) would look the same.
+        if query.dim() > 4 and tensor.shape[:-3] != query.shape[:-3]:
+            raise ValueError(
+                f"{name}: got batch dimensions {tuple(tensor.shape[:-3])}, expected query's {tuple(query.shape[:-3])}"
+            )
+
+
+def _check_layout(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested:
+        raise ValueError(f"{name}: got a nested tensor, expected a padded one with key_padding_mask")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name}: got layout {tensor.layout}, allowed is torch.strided (dense)")
 
 
 def check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
@@ -85,6 +98,7 @@ def check_key_padding_mask(mask: Tensor, query: Tensor, key: Tensor) -> None:
 def _check_mask_type(name: str, mask: Tensor, query: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: got {type(mask).__name__}, expected a torch.Tensor or None")
+    _check_layout(name, mask)
     if mask.dtype != torch.bool and mask.dtype not in FLOATING:
         raise ValueError(f"{name}: got dtype {mask.dtype}, allowed are bool and floating-point types")
     if mask.device != query.device:
@@ -106,9 +120,13 @@ def check_scale(scale: float | None, head_dim: int) -> float:
         return 1.0 / math.sqrt(head_dim)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: got {type(scale).__name__}, expected a float or None")
+    try:
+        scale = float(scale)
+    except OverflowError:
+        raise ValueError("scale: got an integer beyond the range of a float, expected a finite number") from None
     if not math.isfinite(scale):
         raise ValueError(f"scale: got {scale}, expected a finite number")
-    return float(scale)
+    return scale
 
 
 def check_window(window: Sequence[int | None] | None) -> tuple[int | None, int | None]:
@@ -122,8 +140,19 @@ def check_window(window: Sequence[int | None] | None) -> tuple[int | None, int |
             raise TypeError(f"window: got {window!r}, expected two integers or None")
         if side is not None and side < -1:
             raise ValueError(f"window: got {window!r}, allowed are integers >= 0, and None or -1 for unlimited")
-    left, right = (None if side == -1 else side for side in window)
+    # No sequence is that long; a sum with such a number might not fit an index.
+    left, right = (None if side is None or side == -1 or side >= 2**31 else side for side in window)
     return left, right
+
+
+def check_flags(**flags: bool) -> None:
+    """True or False, and what Python counts as one of them without surprise: None, integers, symbolic values.
+
+    A word, a mask or a number in a flag's place is a slip.
+    """
+    for name, flag in flags.items():
+        if flag is not None and not isinstance(flag, (bool, int, torch.SymBool, torch.SymInt)):
+            raise TypeError(f"{name}: got {type(flag).__name__}, expected True or False")
 
 
 def check_causal_alignment(alignment: str) -> None:
