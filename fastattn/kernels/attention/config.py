@@ -39,11 +39,34 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def tile(kernel: str, dtype: torch.dtype, head_dim: int, *, dropout: bool = False, masked: bool = False) -> Tile:
-    """The tile of a kernel; the budget table checks that each choice spills nothing on sm_80, sm_90 and sm_100."""
+# Kernel -> tile, by the block of the head dimension it is for (the first that is large enough) in ascending order.
+# "plain" calls draw no dropout and load no mask; "heavy" ones do, and pay for it in registers. Each choice is the
+# largest found that spills nothing on sm_80, sm_90 and sm_100. wgmma needs 64 rows of its product, queries in most
+# kernels and keys in dkey_dvalue; dkey_dvalue and dmask above 128 would spill with as many and use mma.sync.
+_HALF_PLAIN = {
+    "forward": {64: Tile(128, 64, 8), 128: Tile(64, 64, 8), 256: Tile(64, 32, 8)},
+    "dquery": {64: Tile(64, 64, 8), 128: Tile(64, 64, 8), 256: Tile(64, 32, 8)},
+    "dkey_dvalue": {128: Tile(32, 64, 8), 256: Tile(16, 32, 8, 1)},
+    "dmask": {128: Tile(64, 32, 8), 256: Tile(16, 64, 8, 1)},
+    "weights": {128: Tile(64, 64, 8), 256: Tile(64, 32, 8)},
+}
+_HALF_HEAVY = {
+    "forward": {128: Tile(64, 32, 8), 256: Tile(64, 32, 8, 1)},
+    "dquery": {128: Tile(64, 32, 8), 256: Tile(64, 16, 8)},
+    "dkey_dvalue": {128: Tile(16, 64, 8), 256: Tile(16, 32, 8, 1)},
+    "dmask": {128: Tile(64, 16, 8, 1), 256: Tile(16, 64, 8, 1)},
+    "weights": {128: Tile(64, 32, 8), 256: Tile(64, 16, 8)},
+}
+# Without tensor cores (IEEE float32) the operands of a product live in registers: small tiles.
+_FLOAT32 = {64: Tile(32, 32, 8), 128: Tile(16, 32, 8), 256: Tile(16, 16, 8, 1)}
+_DELTA = Tile(64, 16, 4, 1)
+
+
+def tile(kernel: str, dtype: torch.dtype, head_dim: int, *, heavy: bool = False) -> Tile:
+    """The tile of a kernel; ``heavy`` where it loads a mask, draws dropout or follows a window."""
     if _override is not None:
         return _override
-    dim = block_d(head_dim)
     if kernel == "delta":
-        return Tile(64, 16, 4, 1)
-    return Tile(64, 64, 4, 2) if dim <= 64 and dtype != torch.float32 else Tile(32, 32, 4, 2)
+        return _DELTA
+    choices = _FLOAT32 if dtype == torch.float32 else (_HALF_HEAVY if heavy else _HALF_PLAIN)[kernel]
+    return next(choice for largest, choice in choices.items() if block_d(head_dim) <= largest)

@@ -72,7 +72,8 @@ class _Problem:
         if self.empty:
             return
         self.dtype, self.device, self.dropout = query.dtype, query.device, dropout_p > 0.0
-        self.masked = attn_mask is not None or key_padding_mask is not None
+        masked = attn_mask is not None or key_padding_mask is not None
+        self.heavy = masked or self.dropout or lower is not None
         natural = any(mask is not None and mask.dtype != torch.bool for mask in (attn_mask, key_padding_mask))
         self.scale = scale
         self.score_scale = scale if natural else scale * _LOG2E
@@ -91,13 +92,13 @@ class _Problem:
             has_lower=lower is not None,
             has_upper=upper is not None,
             natural=natural,
-            split=lower is None and not self.masked and not self.dropout,
+            split=not self.heavy,
             precision="ieee" if exact else "tf32",
         )
 
     def launch(self, name: str, kernel: Any, programs: Callable[[config.Tile], int], **arguments: Any) -> None:
         """Run one kernel with the tile chosen for it; ``programs`` gives the size of the grid."""
-        tile = config.tile(name, self.dtype, self.head_dim, dropout=self.dropout, masked=self.masked)
+        tile = config.tile(name, self.dtype, self.head_dim, heavy=self.heavy)
         with _on(self.device):
             kernel[(programs(tile),)](
                 masks=self.masks, shape=self.shape, F=self.features, DIM=self.head_dim,
