@@ -4,10 +4,13 @@
 #   make test                            set up, ruff, mypy, the whole test suite
 #   make demo PYTHON=python3 VENV=none   install nothing: use that Python and the torch it has (make test: no ruff, mypy)
 #   make test PYTEST_ARGS="-k patching"  arguments for pytest
+#   make fuzz N=5000                     random calls of every attention kernel against the float64 oracle
+#   make budget                          registers, spills and shared memory of every kernel, per architecture
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+N ?= 5000
 DEMO_ARGS ?=
 TORCH_VERSION := 2.13.0
 TRITON_VERSION := 3.9.0
@@ -25,21 +28,31 @@ else
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/fastattn.stamp
 CHECK := check
+# Two processes of one thread each: the interpreter of the kernels has no use for threads.
+WORKERS := -n 2 --dist worksteal
 endif
 
 PURE := The extension could not be built; going on in pure Python, see make doctor.
 
-.PHONY: demo test check setup profile doctor results clean
+.PHONY: demo test fuzz budget check setup profile doctor results clean
 
 demo: setup
 	$(RUN) -m fastattn demo $(DEMO_ARGS)
 
 test: setup $(CHECK)
-	$(RUN) -m pytest --durations=15 $(PYTEST_ARGS)
+	$(if $(WORKERS),OMP_NUM_THREADS=1) $(RUN) -m pytest $(WORKERS) --durations=15 $(PYTEST_ARGS)
+
+# Draw N random calls of attention for each backend instead of the suite's 500.
+fuzz: setup
+	FASTATTN_FUZZ=$(N) OMP_NUM_THREADS=1 $(RUN) -m pytest $(WORKERS) tests/test_attention_core.py -k combinations
 
 check: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+# What the compiler makes of every kernel for sm_80, sm_90 and sm_100: the checked-in table.
+budget: setup
+	$(RUN) -m benchmarks.budget
 
 profile doctor: setup
 	$(RUN) -m fastattn $@

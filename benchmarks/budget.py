@@ -233,7 +233,7 @@ def print_table(rows: list[Row]) -> None:
 def compile_all(selected: list[Case], workers: int) -> Iterator[list[Row]]:
     from tqdm import tqdm
 
-    with ProcessPoolExecutor(workers, max_tasks_per_child=64) as pool:
+    with ProcessPoolExecutor(workers) as pool:
         yield from tqdm(pool.map(compile_case, selected), total=len(selected), disable=None)
 
 

@@ -54,7 +54,7 @@ def attention(
     # A row without a key would be NaN: give it finite scores, and its results by hand, so that its gradients are 0.
     empty = (scores == float("-inf")).all(-1)
     scores = scores.masked_fill(empty.unsqueeze(-1), 0.0)
-    lse = scores.logsumexp(-1) if scores.shape[-1] else scores.new_zeros(scores.shape[:-1])
+    lse = scores.logsumexp(-1) if scores.shape[-1] else scores.sum(-1)  # no key: 0, and still part of the graph
     weights = (scores - lse.unsqueeze(-1)).exp().masked_fill(empty.unsqueeze(-1), 0.0)
     lse = lse.masked_fill(empty, float("-inf"))
     if dropout_p > 0.0:

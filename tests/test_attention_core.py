@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from strategies import TILES, attention_cases
 
 import fastattn
@@ -23,13 +23,7 @@ KERNELS = [
     for name in (Backend.TRITON, Backend.CPU)
     if why_not(name, Request(device_type=DEVICE, dtype=torch.float32, head_dim=8, value_dim=8)) is None
 ]
-EXAMPLES = int(os.environ.get("FASTATTN_FUZZ", "500"))
-FUZZ = settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-)
+FUZZ = settings(max_examples=int(os.environ.get("FASTATTN_FUZZ", "500")))
 
 FEATURES = {
     "plain": Case(),

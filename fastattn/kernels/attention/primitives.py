@@ -76,9 +76,9 @@ class Dropout(NamedTuple):
 class Features:
     """What is compiled in.
 
-    ``natural``: scores in natural units, because a float mask needs them (see score_tile). ``split``: tiles that nothing
-    cuts run in a loop of their own without the comparisons; a second copy of a loop that also loads masks or draws
-    dropout costs more registers than the comparisons cost time.
+    ``natural``: scores in natural units, because a float mask needs them (see score_tile). ``split``: tiles that
+    nothing cuts run in a loop of their own without the comparisons; a second copy of a loop that also loads masks or
+    draws dropout costs more registers than the comparisons cost time.
     """
 
     mask_bool: bool
