@@ -30,7 +30,7 @@ TABLE = Path(__file__).parent / "results" / "budget.csv"
 ARCHITECTURES = (80, 90, 100)
 # Shared memory one program may use: CUDA C++ Programming Guide, technical specifications per compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-DTYPES = ("float16", "bfloat16", "float32")
+DTYPES = ("bfloat16", "float32", "float16")
 HEAD_DIMS = (16, 64, 80, 128, 256)
 FEATURES = ("plain", "causal", "window", "padding", "bool_mask", "dropout", "masked", "everything")
 _TENSOR_CORE = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
@@ -250,9 +250,11 @@ def main(arguments: list[str] | None = None) -> int:
     selected = cases()
     if options.sample:
         selected = random.sample(selected, options.sample)
-    rows = [row for found in compile_all(selected, options.workers) for row in found]
-    if options.write:
-        write_table(rows)
+    rows: list[Row] = []
+    for found in compile_all(selected, options.workers):
+        rows += found
+        if options.write:
+            write_table(rows)  # as it goes: half an hour of compiling may be cut off
     faults = [f"{row.key}: {fault}" for row in rows for fault in row.faults()]
     if options.check:
         known = {row.key: row for row in read_table()}
