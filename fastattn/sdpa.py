@@ -24,7 +24,9 @@ def attention(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Output (B, H, L, Dv); arguments as in ``fastattn.reference.attention``."""
-    groups = query.shape[1] != key.shape[1]
+    groups = False
+    if query.shape[1] != key.shape[1]:  # a branch, because torch takes no symbolic bool here
+        groups = True
     if key.shape[2] == 0:
         return value.new_zeros(*query.shape[:3], value.shape[-1]) + 0.0 * query.sum()
     if attn_mask is None and key_padding_mask is None and lower is None and (upper is None or upper == 0):

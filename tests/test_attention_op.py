@@ -124,7 +124,7 @@ def test_compile_forward_and_backward_once_for_twenty_lengths(backend: str, weig
     counter = _Counter()
     compiled = torch.compile(_loss, fullgraph=True, dynamic=True, backend=counter)
     with fastattn.backend(backend):
-        for length in range(5, 25):
+        for length in range(11, 31):  # from 11: dynamic shapes tie sizes that are equal at the first call
             query = torch.randn(2, 2, length, 8, device=DEVICE, requires_grad=True)
             key = torch.randn(2, 2, length + 3, 8, device=DEVICE, requires_grad=True)
             padding = torch.arange(length + 3, device=DEVICE).expand(2, -1) < length
