@@ -1,0 +1,42 @@
+"""The checked-in budget of the Triton kernels: what is compiled today is what the table says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import budget
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_table_holds_every_case() -> None:
+    held = {(row.arch, row.dtype, row.head_dim, row.feature) for row in budget.read_table()}
+    assert held == {(case.arch, case.dtype, case.head_dim, case.feature) for case in budget.cases()}
+
+
+def test_the_printed_table_names_what_is_over_budget() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.budget"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    rows = budget.read_table()
+    assert f"{len(rows)} kernels, {sum(bool(row.faults()) for row in rows)} over budget" in result.stdout
+
+
+def test_shared_memory_fits_every_chip() -> None:
+    assert all(row.shared <= budget.SHARED_LIMIT[row.arch] for row in budget.read_table())
+
+
+def test_half_precision_uses_tensor_cores() -> None:
+    for row in budget.read_table():
+        if row.dtype != "float32" and row.kernel != "attention_delta":
+            assert row.tensor_core + row.mma > 0, row
+            if row.arch == 90 and row.head_dim <= 128:
+                assert row.tensor_core > 0, row
+
+
+def test_causal_calls_spill_nothing() -> None:
+    rows = [row for row in budget.read_table() if row.feature == "causal" and row.dtype == "bfloat16"]
+    assert rows
+    assert all(row.spills == 0 for row in rows if row.head_dim <= 128)
