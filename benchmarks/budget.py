@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="compile every case and rewrite the table")
     parser.add_argument("--check", action="store_true", help="compile and compare with the table")
-    parser.add_argument("--sample", type=int, metavar="N", help="only N cases, drawn anew each day")
+    parser.add_argument("--sample", type=int, metavar="N", help="only N cases, drawn at random")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
     if not options.write and not options.check:

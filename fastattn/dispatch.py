@@ -32,11 +32,9 @@ class Request:
     need_weights: bool = False
     return_lse: bool = False
     dropout: bool = False
-    causal: bool = False  # the plain top-left triangle
-    band: bool = False  # any other window or alignment
+    band: bool = False  # a window or alignment other than the plain top-left triangle
     attn_mask: torch.dtype | None = None
     padding: torch.dtype | None = None
-    mask_requires_grad: bool = False
     compiling: bool = False
 
 
@@ -129,41 +127,28 @@ def _order(request: Request) -> tuple[tuple[Backend, str], ...]:
     return (sdpa, slow)
 
 
-def explain(request: Request) -> Explanation:
-    """Choose: the forced backend if there is one, else the first in the order of preference that can serve it.
-
-    Raises RuntimeError, as ``choose`` does, when a forced backend cannot serve it.
-    """
-    forced = forced_backend()
-    reasons = {name: why_not(name, request) for name in Backend}
-    if forced is not None:
-        choose(request)
-        chosen, because = forced, f'forced by fastattn.backend("{forced}")'
-    else:
-        order = [(name, text) for name, text in _order(request) if reasons[name] is None]
-        chosen, because = order[0]
-    skipped = {}
-    for name in Backend:
-        if name is not chosen:
-            skipped[name] = reasons[name] or _not_preferred(name, request, chosen)
-    return Explanation(chosen, because, skipped)
-
-
 def choose(request: Request) -> Backend:
-    """The backend for ``request``.
+    """The forced backend if there is one, else the first in the order of preference that can serve ``request``.
 
     Raises RuntimeError when a forced backend cannot serve it.
     """
     forced = forced_backend()
     if forced is None:
-        for name, _ in _order(request):
-            if why_not(name, request) is None:
-                return name
-    reason = why_not(forced, request) if forced is not None else "no backend"
+        able = [name for name, _ in _order(request) if why_not(name, request) is None]
+        return able[0]
+    reason = why_not(forced, request)
     if reason is not None:
         raise RuntimeError(f'fastattn.backend("{forced}") cannot serve this call: {reason}')
-    assert forced is not None
     return forced
+
+
+def explain(request: Request) -> Explanation:
+    """What ``choose`` takes, with the reasons; raises its errors."""
+    chosen, forced = choose(request), forced_backend()
+    because = dict(_order(request))[chosen] if forced is None else f'forced by fastattn.backend("{forced}")'
+    others = (name for name in Backend if name is not chosen)
+    skipped = {name: why_not(name, request) or _not_preferred(name, request, chosen) for name in others}
+    return Explanation(chosen, because, skipped)
 
 
 def _not_preferred(name: Backend, request: Request, chosen: Backend) -> str:

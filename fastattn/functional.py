@@ -166,11 +166,9 @@ def _prepare(
         need_weights=need_weights,
         return_lse=return_lse,
         dropout=dropout_p > 0.0,
-        causal=left is None and right == 0 and top_left,
         band=left is not None or (right is not None and not (right == 0 and top_left)),
         attn_mask=None if attn_mask is None else attn_mask.dtype,
         padding=None if key_padding_mask is None else key_padding_mask.dtype,
-        mask_requires_grad=any(mask is not None and mask.requires_grad for mask in (attn_mask, key_padding_mask)),
         compiling=torch.compiler.is_compiling(),
     )
     return _Problem(
@@ -193,10 +191,6 @@ def _run(
     }
     tensors = (problem.query, problem.key, problem.value)
     if backend is Backend.SDPA:
-        # torch's fused causal kernels multiply -inf by the scale: a scale that is not positive makes NaN of it.
-        if problem.scale <= 0.0:
-            query, masks["scale"] = (-problem.query, -problem.scale) if problem.scale else (problem.query * 0.0, 1.0)
-            tensors = (query, problem.key, problem.value)
         return sdpa.attention(*tensors, **masks), None, None
     if backend is Backend.REFERENCE:
         out, lse, per_head = reference.attention(*tensors, seed=seed, **masks)

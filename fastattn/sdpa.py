@@ -27,6 +27,9 @@ def attention(
     groups = False
     if query.shape[1] != key.shape[1]:  # a branch, because torch takes no symbolic bool here
         groups = True
+    if scale <= 0.0:
+        # torch's fused causal kernels multiply -inf by the scale: one that is not positive makes NaN of it.
+        query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
     if key.shape[2] == 0:
         return value.new_zeros(*query.shape[:3], value.shape[-1]) + 0.0 * query.sum()
     if attn_mask is None and key_padding_mask is None and lower is None and (upper is None or upper == 0):
@@ -51,7 +54,6 @@ def attention(
         query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=groups
     )
     return out.masked_fill(empty, 0.0)
-
 
 
 def _both(first: Tensor | None, second: Tensor) -> Tensor:

@@ -6,23 +6,18 @@ import os
 
 import pytest
 import torch
+from backends import DEVICE, KERNELS
 from hypothesis import given, settings
 from strategies import TILES, attention_cases
 
 import fastattn
-from fastattn.dispatch import Backend, Request, why_not
+from fastattn.dispatch import Backend
 from fastattn.kernels.attention import config, launch
 from fastattn.kernels.attention.config import Tile
 from fastattn.philox import dropout_keep
 from fastattn.testing import AttentionCase, check, evaluate, make_inputs, public_call
 
 Case = AttentionCase
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KERNELS = [
-    name
-    for name in (Backend.TRITON, Backend.CPU)
-    if why_not(name, Request(device_type=DEVICE, dtype=torch.float32, head_dim=8, value_dim=8)) is None
-]
 FUZZ = settings(max_examples=int(os.environ.get("FASTATTN_FUZZ", "500")))
 
 FEATURES = {

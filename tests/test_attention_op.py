@@ -6,19 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from backends import DEVICE, KERNELS
 from torch import Tensor
 
 import fastattn
-from fastattn.dispatch import Backend, Request, why_not
+from fastattn.dispatch import Backend
 from fastattn.kernels.attention import config
 from fastattn.kernels.attention.config import Tile
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KERNELS = [
-    name
-    for name in (Backend.TRITON, Backend.CPU)
-    if why_not(name, Request(device_type=DEVICE, dtype=torch.float32, head_dim=8, value_dim=8)) is None
-]
 OPS = torch.ops.fastattn
 
 

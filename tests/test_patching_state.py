@@ -8,29 +8,12 @@ import io
 import pytest
 import torch
 import torch.distributed as dist
+from patching_model import BATCH, EMBED, LENGTH, Block
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize
 
 import fastattn
-
-BATCH, LENGTH, EMBED, HEADS = 3, 7, 16, 4
-
-
-def attention(**options: object) -> nn.MultiheadAttention:
-    return nn.MultiheadAttention(EMBED, HEADS, **{"batch_first": True, **options})
-
-
-class Block(nn.Module):
-    """An attention module somewhere inside a model."""
-
-    def __init__(self, attn: nn.Module | None = None) -> None:
-        super().__init__()
-        self.attn = attn if attn is not None else attention()
-        self.linear = nn.Linear(EMBED, EMBED)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.attn(x, x, x)[0])
 
 
 @pytest.fixture

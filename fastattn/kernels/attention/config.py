@@ -40,9 +40,10 @@ def block_d(head_dim: int) -> int:
 
 
 # Kernel -> tile, by the block of the head dimension it is for (the first that is large enough) in ascending order.
-# "plain" calls draw no dropout and load no mask; "heavy" ones do, and pay for it in registers. Each choice is the
-# largest found that spills nothing on sm_80, sm_90 and sm_100. wgmma needs 64 rows of its product, queries in most
-# kernels and keys in dkey_dvalue; dkey_dvalue and dmask above 128 would spill with as many and use mma.sync.
+# "plain" calls draw no dropout and load no mask; "heavy" ones do, and pay for it in registers. The choices are the
+# largest of those tried that spill nothing on sm_80, sm_90 and sm_100, or else least: the budget table
+# (benchmarks/budget.py) names what still spills, float32 above 128 most of all. wgmma needs 64 rows of its product,
+# queries in most kernels and keys in dkey_dvalue; dkey_dvalue and dmask above 128 would spill with as many.
 _HALF_PLAIN = {
     "forward": {64: Tile(128, 64, 8), 128: Tile(64, 64, 8), 256: Tile(64, 32, 8)},
     "dquery": {64: Tile(64, 64, 8), 128: Tile(64, 64, 8), 256: Tile(64, 32, 8)},

@@ -1,0 +1,11 @@
+"""The device the tests use and the backends of our own that run on it."""
+
+from __future__ import annotations
+
+import torch
+
+from fastattn.dispatch import Backend, Request, why_not
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_ANY_CALL = Request(device_type=DEVICE, dtype=torch.float32, head_dim=8, value_dim=8)
+KERNELS = [name for name in (Backend.TRITON, Backend.CPU) if why_not(name, _ANY_CALL) is None]
