@@ -7,6 +7,7 @@ Rows stand in order of importance; sizes are chosen by the device. Every row ass
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ DEVICE = default_device()
 CUDA = DEVICE.type == "cuda"
 DTYPES = (torch.bfloat16,) if CUDA else (torch.float32,)
 TORCH = "nn.MultiheadAttention"
+AS_BUILT = f"{TORCH}, not in eval()"  # torch has a faster path of its own in evaluation
 # (batch, length, features, heads), then (batch, length, heads, head dimension).
 MODULES = [(8, 128, 384, 12), (2, 512, 512, 8), (2, 1024, 512, 8), (1, 4096, 512, 8)]
 FUNCTIONS = [(2, 1024, 8, 64)]
@@ -92,6 +94,8 @@ def test_module(
         lengths = torch.tensor([max(1, length * (2 * i + 1) // (2 * batch)) for i in range(batch)], device=DEVICE)
         padding, columns = torch.arange(length, device=DEVICE) >= lengths[:, None], float(lengths.float().mean())
     runs: dict[str, tuple[nn.Module, str]] = {OURS: (ours, "auto"), TORCH: (theirs, "auto")}
+    if not training:
+        runs[AS_BUILT] = (copy.deepcopy(theirs).train(), "auto")
     if CUDA:
         runs["fastattn triton"] = (ours, "triton")
     calls: dict[str, Call] = {}

@@ -31,6 +31,8 @@ struct Tensor4 {
 constexpr int64_t kPanel = 64;
 // Scratch rows of the head dimension are padded with zeros to a multiple of this, the widest vector.
 constexpr int64_t kPad = 16;
+// The keys of a tile are a multiple of this: dropout draws 32 columns at a time.
+constexpr int64_t kKeyUnit = 32;
 // Rows and keys of one tile of the backward and weights kernels.
 constexpr int64_t kTileRows = 96;
 constexpr int64_t kTileKeys = 128;

@@ -155,7 +155,7 @@ static void backward_rows(
       if (t.grad_out.data)
         for (int64_t c = 0; c < columns; c += kPanel)
           gemm(
-              rows, kPanel, p.dim, {s.grad_out, dim, 1}, s.value_panels + (k + c) * p.dim, kPanel, s.dscores + c,
+              rows, min(kPanel, columns - c), p.dim, {s.grad_out, dim, 1}, s.value_panels + (k + c) * p.dim, kPanel, s.dscores + c,
               kTileKeys, false);
       attention_dscores(t, s, b, h, row, rows, columns);
       if (t.grad_out.data)
@@ -184,11 +184,11 @@ static void backward_pair(
   const auto within = [&](KeyRange r) { return KeyRange{max(r.begin, first), min(r.end, first + t.split_keys())}; };
   const KeyRange used = within(key_range(p, b, 0, p.rows));
   for (int64_t j = used.begin; j < used.end; j += kPanel) {
-    const int64_t here = min(kPanel, p.keys - j), k = j - first;
+    const int64_t here = min(kPanel, p.keys - j), k = j - first, used_here = min(kPanel, used.end - j);
     load_panel(p.key, b, g, j, here, p.dim, s.key_panels + k * p.dim);
     if (t.value.data) load_panel(t.value, b, g, j, here, p.dim, s.value_panels + k * p.dim);
     load_rows(p.key, b, g, j, here, p.dim, 1.0f, s.key + k * dim, dim);
-    for (int64_t i = (k + here) * dim; i < (k + kPanel) * dim; ++i) s.key[i] = 0.0f;
+    for (int64_t i = (k + here) * dim; i < (k + used_here) * dim; ++i) s.key[i] = 0.0f;
   }
   const int64_t padded = round_up(last - first, kPanel);
   for (int64_t i = 0; i < padded * dim; ++i) s.dkey[i] = 0.0f;

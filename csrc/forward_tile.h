@@ -16,7 +16,8 @@ static void forward_pack(const Forward& f, int64_t task) {
     load_panel(p.key, b, g, j, here, p.dim, key + j * p.dim);
     float* to = value + j * p.padded_dim();
     load_rows(f.value, b, g, j, here, p.dim, 1.0f, to, p.padded_dim());
-    for (int64_t i = here * p.padded_dim(); i < kPanel * p.padded_dim(); ++i) to[i] = 0.0f;
+    const int64_t end = min(kPanel, range.end - j) * p.padded_dim();
+    for (int64_t i = here * p.padded_dim(); i < end; ++i) to[i] = 0.0f;
   }
 }
 
@@ -60,6 +61,31 @@ struct ForwardScratch {
 
 static int64_t forward_scratch(const Forward& f) { return ForwardScratch(f, nullptr).size; }
 
+// Loops over a row keep four registers going: one would wait for each addition to end.
+static inline vec row_maximum(const float* s, int64_t columns) {
+  vec top[4] = {load(s), load(s), load(s), load(s)};
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= columns; j += 4 * kLanes)
+    for (int v = 0; v < 4; ++v) top[v] = max(load(s + j + v * kLanes), top[v]);
+  for (; j < columns; j += kLanes) top[0] = max(load(s + j), top[0]);
+  return max(max(top[0], top[1]), max(top[2], top[3]));
+}
+
+// exp(s - pivot) in place; returns their sum, lane by lane.
+static inline vec exponentials(float* s, int64_t columns, float pivot) {
+  const auto step = [&](int64_t j) {
+    const vec e = exp(load(s + j) - pivot);
+    store(s + j, e);
+    return e;
+  };
+  vec total[4] = {};
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= columns; j += 4 * kLanes)
+    for (int v = 0; v < 4; ++v) total[v] += step(j + v * kLanes);
+  for (; j < columns; j += kLanes) total[0] += step(j);
+  return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
 // exp(scores - pivot) in place; updates the running maximum and sum and scales what was accumulated in `out` to the new
 // pivot. A row without a key so far has maximum -inf; its pivot 0 makes exp(-inf) = 0 instead of NaN.
 static void softmax_step(
@@ -67,10 +93,7 @@ static void softmax_step(
     float* out, int64_t out_row) {
   for (int64_t i = 0; i < rows; ++i) {
     float* s = scores + i * score_row;
-    vec top[4] = {load(s), load(s + kLanes), load(s + 2 * kLanes), load(s + 3 * kLanes)};
-    for (int64_t j = 4 * kLanes; j < columns; j += 4 * kLanes)
-      for (int v = 0; v < 4; ++v) top[v] = max(load(s + j + v * kLanes), top[v]);
-    const float here = max_lanes(max(max(top[0], top[1]), max(top[2], top[3])));
+    const float here = max_lanes(row_maximum(s, columns));
     const float before = maximum[i];
     const float highest = here > before ? here : before;
     const float pivot = highest == -kInfinity ? 0.0f : highest;
@@ -81,14 +104,7 @@ static void softmax_step(
       maximum[i] = highest;
     }
     pivots[i] = pivot;
-    vec total[4] = {load(sum + i * kLanes)};
-    for (int64_t j = 0; j < columns; j += 4 * kLanes)
-      for (int v = 0; v < 4; ++v) {
-        const vec e = exp(load(s + j + v * kLanes) - pivot);
-        store(s + j + v * kLanes, e);
-        total[v] += e;
-      }
-    store(sum + i * kLanes, (total[0] + total[1]) + (total[2] + total[3]));
+    store(sum + i * kLanes, load(sum + i * kLanes) + exponentials(s, columns, pivot));
   }
 }
 

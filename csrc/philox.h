@@ -22,7 +22,7 @@ static inline void philox(uint32_t (&c)[4][kCounters], uint64_t seed) {
 }
 
 // The factors of rows [row, row + rows) and keys [column, column + columns): keep_scale where kept, else 0.
-// columns and column are multiples of kPanel; factors has leading dimension columns.
+// columns and column are multiples of kKeyUnit; factors has leading dimension columns.
 static void dropout_tile(
     const Problem& p, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t column, int64_t columns,
     float* factors) {

@@ -1,7 +1,8 @@
 // The scores of one tile, with every mask applied: the one place that decides which entries take part.
 // Part of kernels.inc.h.
 
-// The keys that rows [row, row + rows) of batch b may see, widened to whole panels; empty when begin >= end.
+// The keys that rows [row, row + rows) of batch b may see, widened to the start of a panel and to a multiple of kKeyUnit;
+// empty when begin >= end.
 struct KeyRange {
   int64_t begin, end;
 };
@@ -10,7 +11,7 @@ static inline KeyRange key_range(const Problem& p, int64_t b, int64_t row, int64
   const int64_t begin = max(p.key_begin[b], row + p.lower);
   const int64_t end = min(p.key_end[b], row + rows + p.upper);
   if (begin >= end) return {0, 0};
-  return {begin / kPanel * kPanel, round_up(end, kPanel)};
+  return {begin / kPanel * kPanel, round_up(end, kKeyUnit)};
 }
 
 // One row of the attention mask onto n scores. Selecting, not adding, keeps a masked NaN out, as masked_fill does.
@@ -31,12 +32,14 @@ static inline void boolean_mask_row(const uint8_t* mask, int64_t step, int64_t n
 
 // scores (rows, columns), leading dimension score_row, of rows from `row` and keys from `column`, for head h of batch
 // b. query: rows of D floats with leading dimension padded_dim, already times the scale. panels: the keys from
-// `column` on, transposed (columns / kPanel, D, kPanel). column and columns are multiples of kPanel.
+// `column` on, transposed (columns / kPanel, D, kPanel). column is a multiple of kPanel, columns of kKeyUnit.
 static void score_tile(
     const Problem& p, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t column, int64_t columns,
     const float* query, const float* panels, float* scores, int64_t score_row) {
   for (int64_t j = 0; j < columns; j += kPanel)
-    gemm(rows, kPanel, p.dim, {query, p.padded_dim(), 1}, panels + j * p.dim, kPanel, scores + j, score_row, false);
+    gemm(
+        rows, min(kPanel, columns - j), p.dim, {query, p.padded_dim(), 1}, panels + j * p.dim, kPanel, scores + j,
+        score_row, false);
 
   if (p.attn_mask.data) {
     const Tensor4& mask = p.attn_mask;

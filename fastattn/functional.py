@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn import reference, sdpa, validation
-from fastattn.dispatch import Backend, Explanation, Request, choose
+from fastattn.dispatch import TINY, Backend, Explanation, Request, choose
 from fastattn.dispatch import explain as explain_request
 from fastattn.kernels.attention import op  # noqa: F401  registers torch.ops.fastattn
 
@@ -158,6 +158,7 @@ def _prepare(
         right = 0 if right is None else min(right, 0)
     top_left = causal_alignment == "top-left"
     shift = 0 if top_left else key.shape[2] - query.shape[2]
+    compiling = torch.compiler.is_compiling()
     request = Request(
         device_type=device_type,
         dtype=query.dtype,
@@ -169,7 +170,8 @@ def _prepare(
         band=left is not None or (right is not None and not (right == 0 and top_left)),
         attn_mask=None if attn_mask is None else attn_mask.dtype,
         padding=None if key_padding_mask is None else key_padding_mask.dtype,
-        compiling=torch.compiler.is_compiling(),
+        compiling=compiling,
+        tiny=not compiling and query.numel() * key.shape[2] < TINY,
     )
     return _Problem(
         query, key, value, attn_mask, key_padding_mask, dropout_p, scale,
