@@ -30,9 +30,18 @@ TABLE = Path(__file__).parent / "results" / "budget.csv"
 ARCHITECTURES = (80, 90, 100)
 # Shared memory one program may use: CUDA C++ Programming Guide, technical specifications per compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-DTYPES = ("bfloat16", "float32")  # float16 has bfloat16's tiles and instructions
-HEAD_DIMS = (64, 80, 256)  # 80 is held as 128: the same tile with its columns masked
-FEATURES = ("plain", "causal", "masked", "everything")  # masked: window, masks with gradient; everything: dropout too
+DTYPES = ("bfloat16", "float16", "float32")
+HEAD_DIMS = (32, 64, 80, 128, 256)  # 80 is held as 128: the same tile with its columns masked
+# What a call brings, by name.
+FEATURES = {
+    "plain": frozenset(),
+    "causal": frozenset({"upper"}),
+    "window": frozenset({"upper", "lower"}),
+    "padding": frozenset({"padding"}),
+    "mask": frozenset({"mask"}),
+    "dropout": frozenset({"upper", "dropout"}),
+    "everything": frozenset({"upper", "lower", "padding", "mask", "dropout"}),
+}
 _TENSOR_CORE = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 
 
@@ -151,18 +160,18 @@ def _call(launch: Any, torch: Any, case: Case) -> None:
     def empty(*shape: int, dtype: Any = dtype) -> Any:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    masked = case.feature in ("masked", "everything")
+    brings = FEATURES[case.feature]
     query, key, value = (empty(batch, length, heads, case.head_dim).transpose(1, 2) for _ in range(3))
-    mask = empty(1, heads, length, length) if masked else None
-    padding = empty(batch, length, dtype=torch.bool) if masked else None
-    seed = empty(1, dtype=torch.int64) if case.feature == "everything" else None
-    upper = None if case.feature == "plain" else 0
-    problem = (mask, padding, seed, 0.0 if seed is None else 0.1, 0.125, -255 if masked else None, upper)
+    mask = empty(1, heads, length, length) if "mask" in brings else None
+    padding = empty(batch, length, dtype=torch.bool) if "padding" in brings else None
+    seed = empty(1, dtype=torch.int64) if "dropout" in brings else None
+    band = (-255 if "lower" in brings else None, 0 if "upper" in brings else None)
+    problem = (mask, padding, seed, 0.0 if seed is None else 0.1, 0.125, *band)
+    gradients = ("mask" in brings, False)
     out, logsumexp = launch.attention(query, key, value, *problem)
-    launch.attention_backward(out, None, query, key, value, out, logsumexp, *problem, masked, False)
+    launch.attention_backward(out, None, query, key, value, out, logsumexp, *problem, *gradients)
     weights = launch.attention_weights(query, key, logsumexp, *problem, True)
-    if case.feature != "causal":
-        launch.attention_weights_backward(weights, query, key, logsumexp, *problem, True, masked, False)
+    launch.attention_weights_backward(weights, query, key, logsumexp, *problem, True, *gradients)
 
 
 def _row(case: Case, name: str, kernel: Any) -> Row:

@@ -15,12 +15,14 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention.primitives import (
+    Rows,
     dscore_tile,
     first_full_query,
     key_range,
     last_full_key,
     load_pivot,
     load_rows,
+    product_tile,
     query_range,
     score_tile,
     store_rows,
@@ -40,8 +42,8 @@ def attention_delta(
     first_row = program % tiles * BLOCK_M
     row = first_row + tl.arange(0, BLOCK_M)
     inside = row < shape.rows
-    outs = load_rows(out, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D).to(tl.float32)
-    douts = load_rows(dout, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D).to(tl.float32)
+    outs = load_rows(Rows(out, b, h, first_row, shape.rows), DIM, BLOCK_M, BLOCK_D).to(tl.float32)
+    douts = load_rows(Rows(dout, b, h, first_row, shape.rows), DIM, BLOCK_M, BLOCK_D).to(tl.float32)
     result = tl.sum(outs * douts, 1)
     if dlogsumexp.pointer is not None:
         address = dlogsumexp.pointer + b * dlogsumexp.batch + h * dlogsumexp.head
@@ -51,18 +53,20 @@ def attention_delta(
 
 @triton.jit
 def _walk_keys(
-    dqueries, row_sum, queries, douts, pivot, rest, deltas, begin, end, b, h, first_row, key, value, dweights, scale,
-    masks, dropout, shape, F: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dqueries, row_sum, queries, query_rows, douts, dout_rows, pivot, rest, deltas, begin, end, b, h, first_row, key,
+    value, dweights, scale, masks, dropout, shape, F: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the keys [begin, end) to (dqueries, row_sum)."""
     for first_column in tl.range(begin, end, BLOCK_N):
-        keys = load_rows(key, b, h // shape.group, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)  # [BN, BD]
-        product = tl.dot(queries, tl.trans(keys), input_precision=F.precision)  # [BM, BN]
+        key_rows = Rows(key, b, h // shape.group, first_column, shape.columns)
+        keys = load_rows(key_rows, DIM, BLOCK_N, BLOCK_D)  # [BN, BD]
+        product = product_tile(queries, query_rows, keys, key_rows, F, DIM, BLOCK_M, BLOCK_N)  # [BM, BN]
         dproduct = product
         if value.pointer is not None:
-            values = load_rows(value, b, h // shape.group, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)
-            dproduct = tl.dot(douts, tl.trans(values), input_precision=F.precision)
+            value_rows = Rows(value, b, h // shape.group, first_column, shape.columns)
+            values = load_rows(value_rows, DIM, BLOCK_N, BLOCK_D)
+            dproduct = product_tile(douts, dout_rows, values, value_rows, F, DIM, BLOCK_M, BLOCK_N)
         score = score_tile(
             product, b, h, first_row, first_column, scale, masks, shape, F, EDGE, BLOCK_M, BLOCK_N, False
         )
@@ -93,11 +97,13 @@ def attention_dquery(
     inside = row < shape.rows
     place = batch_head.to(tl.int64) * shape.rows + row
 
-    queries = load_rows(query, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
+    query_rows = Rows(query, b, h, first_row, shape.rows)
+    queries = load_rows(query_rows, DIM, BLOCK_M, BLOCK_D)
+    dout_rows = Rows(dout, b, h, first_row, shape.rows)
     douts = queries
     deltas = tl.zeros([BLOCK_M], tl.float32)
     if dout.pointer is not None:
-        douts = load_rows(dout, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
+        douts = load_rows(dout_rows, DIM, BLOCK_M, BLOCK_D)
         deltas = tl.load(delta + place, mask=inside, other=0.0)
     pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
     dqueries = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -109,38 +115,40 @@ def attention_dquery(
     if F.split:
         edge = last_full_key(begin, end, first_row, masks, F, BLOCK_N)
         dqueries, row_sum = _walk_keys(
-            dqueries, row_sum, queries, douts, pivot, rest, deltas, begin, edge, b, h, first_row, key,
-            value, dweights, score_scale, masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            dqueries, row_sum, queries, query_rows, douts, dout_rows, pivot, rest, deltas, begin, edge, b, h, first_row,
+            key, value, dweights, score_scale, masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     dqueries, row_sum = _walk_keys(
-        dqueries, row_sum, queries, douts, pivot, rest, deltas, edge, end, b, h, first_row, key,
-        value, dweights, score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        dqueries, row_sum, queries, query_rows, douts, dout_rows, pivot, rest, deltas, edge, end, b, h, first_row,
+        key, value, dweights, score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
-    store_rows(dquery, b, h, dqueries * scale, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
+    store_rows(Rows(dquery, b, h, first_row, shape.rows), dqueries * scale, DIM, BLOCK_M, BLOCK_D)
     if dweights.pointer is not None:
         tl.store(dlogsumexp + place, -row_sum, mask=inside)
 
 
 @triton.jit
 def _walk_queries(
-    dkeys, dvalues, keys, values, begin, end, b, h, first_column, query, dout, logsumexp, delta, dweights, scale,
-    masks, dropout, shape, F: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dkeys, dvalues, keys, key_rows, values, value_rows, begin, end, b, h, first_column, query, dout, logsumexp, delta,
+    dweights, scale, masks, dropout, shape, F: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the queries [begin, end) of one head to (dkeys, dvalues)."""
     first_place = (b * shape.heads + h) * shape.rows
     for first_row in tl.range(begin, end, BLOCK_M):
         row = first_row + tl.arange(0, BLOCK_M)
         inside = row < shape.rows
-        queries = load_rows(query, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)  # [BM, BD]
-        product = tl.dot(keys, tl.trans(queries), input_precision=F.precision)  # [BN, BM]
+        query_rows = Rows(query, b, h, first_row, shape.rows)
+        queries = load_rows(query_rows, DIM, BLOCK_M, BLOCK_D)  # [BM, BD]
+        product = product_tile(keys, key_rows, queries, query_rows, F, DIM, BLOCK_N, BLOCK_M)  # [BN, BM]
         dproduct = product
         douts = queries
         deltas = tl.zeros([BLOCK_M], tl.float32)
         if dout.pointer is not None:
-            douts = load_rows(dout, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
-            dproduct = tl.dot(values, tl.trans(douts), input_precision=F.precision)
+            dout_rows = Rows(dout, b, h, first_row, shape.rows)
+            douts = load_rows(dout_rows, DIM, BLOCK_M, BLOCK_D)
+            dproduct = product_tile(values, value_rows, douts, dout_rows, F, DIM, BLOCK_N, BLOCK_M)
             deltas = tl.load(delta + first_place + row, mask=inside, other=0.0)
         pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
         score = score_tile(
@@ -171,10 +179,12 @@ def attention_dkey_dvalue(
     b = batch.to(tl.int64)
     kh = key_head.to(tl.int64)
 
-    keys = load_rows(key, b, kh, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)
+    key_rows = Rows(key, b, kh, first_column, shape.columns)
+    keys = load_rows(key_rows, DIM, BLOCK_N, BLOCK_D)
+    value_rows = Rows(value, b, kh, first_column, shape.columns)
     values = keys
     if value.pointer is not None:
-        values = load_rows(value, b, kh, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)
+        values = load_rows(value_rows, DIM, BLOCK_N, BLOCK_D)
     dkeys = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dvalues = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -187,15 +197,17 @@ def attention_dkey_dvalue(
         h = (key_head * shape.group + member).to(tl.int64)
         if F.has_lower or F.has_upper or not F.split:
             dkeys, dvalues = _walk_queries(
-                dkeys, dvalues, keys, values, begin, whole, b, h, first_column, query, dout, logsumexp, delta, dweights,
-                score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                dkeys, dvalues, keys, key_rows, values, value_rows, begin, whole, b, h, first_column, query, dout,
+                logsumexp, delta, dweights, score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M,
+                BLOCK_N,
             )  # fmt: skip
         if F.split:
             dkeys, dvalues = _walk_queries(
-                dkeys, dvalues, keys, values, whole, end, b, h, first_column, query, dout, logsumexp, delta, dweights,
-                score_scale, masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                dkeys, dvalues, keys, key_rows, values, value_rows, whole, end, b, h, first_column, query, dout,
+                logsumexp, delta, dweights, score_scale, masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M,
+                BLOCK_N,
             )  # fmt: skip
 
-    store_rows(dkey, b, kh, dkeys * scale, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)
+    store_rows(Rows(dkey, b, kh, first_column, shape.columns), dkeys * scale, DIM, BLOCK_N, BLOCK_D)
     if dvalue.pointer is not None:
-        store_rows(dvalue, b, kh, dvalues, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)
+        store_rows(Rows(dvalue, b, kh, first_column, shape.columns), dvalues, DIM, BLOCK_N, BLOCK_D)

@@ -11,12 +11,16 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of a tile, warps of a program, and stages of the load pipeline."""
+    """Queries and keys of a tile, warps of a program, stages of the load pipeline, and registers of a thread.
+
+    With None the assembler chooses how many; it may then spill a few bytes so that two programs fit where one did.
+    """
 
     block_m: int
     block_n: int
     warps: int = 4
     stages: int = 2
+    registers: int | None = None
 
 
 KERNELS = ("forward", "delta", "dquery", "dkey_dvalue", "dmask", "weights")
@@ -40,26 +44,27 @@ def block_d(head_dim: int) -> int:
 
 
 # Kernel -> tile, by the block of the head dimension it is for (the first that is large enough) in ascending order.
-# "plain" calls draw no dropout and load no mask; "heavy" ones do, and pay for it in registers. The choices are the
-# largest of those tried that spill nothing on sm_80, sm_90 and sm_100, or else least: the budget table
-# (benchmarks/budget.py) names what still spills, float32 above 128 most of all. wgmma needs 64 rows of its product,
-# queries in most kernels and keys in dkey_dvalue; dkey_dvalue and dmask above 128 would spill with as many.
+# "plain" calls draw no dropout, load no mask and follow no window; "heavy" ones pay for that in registers. The choices
+# are the largest of those tried that spill nothing on sm_80, sm_90 and sm_100 (the budget table, benchmarks/budget.py).
+# wgmma needs 64 rows of its product: queries in most kernels, keys in dkey_dvalue. Heavy dkey_dvalue and dmask above
+# 128 spill 16 to 244 bytes with as many, on one architecture or another, and use mma.sync.
 _HALF_PLAIN = {
     "forward": {64: Tile(128, 64, 8), 128: Tile(64, 64, 8), 256: Tile(64, 32, 8)},
     "dquery": {64: Tile(64, 64, 8), 128: Tile(64, 64, 8), 256: Tile(64, 32, 8)},
-    "dkey_dvalue": {128: Tile(32, 64, 8), 256: Tile(16, 32, 8, 1)},
-    "dmask": {128: Tile(64, 32, 8), 256: Tile(16, 64, 8, 1)},
+    "dkey_dvalue": {128: Tile(32, 64, 8), 256: Tile(16, 64, 8)},
     "weights": {128: Tile(64, 64, 8), 256: Tile(64, 32, 8)},
 }
 _HALF_HEAVY = {
-    "forward": {128: Tile(64, 32, 8), 256: Tile(64, 32, 8, 1)},
+    "forward": {128: Tile(64, 32, 8), 256: Tile(64, 32, 8)},
     "dquery": {128: Tile(64, 32, 8), 256: Tile(64, 16, 8)},
     "dkey_dvalue": {128: Tile(16, 64, 8), 256: Tile(16, 32, 8, 1)},
-    "dmask": {128: Tile(64, 16, 8, 1), 256: Tile(16, 64, 8, 1)},
+    "dmask": {128: Tile(64, 16, 8, 1, 255), 256: Tile(16, 64, 8, 1, 255)},
     "weights": {128: Tile(64, 32, 8), 256: Tile(64, 16, 8)},
 }
-# Without tensor cores (IEEE float32) the operands of a product live in registers: small tiles.
-_FLOAT32 = {64: Tile(32, 32, 8), 128: Tile(16, 32, 8), 256: Tile(16, 16, 8, 1)}
+# Without tensor cores (IEEE float32) the operands of a product live in registers: small tiles, and small pieces.
+_FLOAT32 = {64: Tile(32, 32, 8, 2, 255), 128: Tile(16, 32, 8, 2, 255), 256: Tile(16, 16, 8, 1, 255)}
+_FLOAT32_DMASK = {128: Tile(16, 32, 8, 2, 255), 256: Tile(16, 16, 8, 1, 255)}
+_FLOAT32_PIECE = 32
 _DELTA = Tile(64, 16, 4, 1)
 
 
@@ -69,5 +74,18 @@ def tile(kernel: str, dtype: torch.dtype, head_dim: int, *, heavy: bool = False)
         return _override
     if kernel == "delta":
         return _DELTA
-    choices = _FLOAT32 if dtype == torch.float32 else (_HALF_HEAVY if heavy else _HALF_PLAIN)[kernel]
+    if dtype == torch.float32:
+        choices = _FLOAT32_DMASK if kernel == "dmask" else _FLOAT32
+    else:
+        choices = (_HALF_HEAVY if heavy else _HALF_PLAIN)[kernel]
     return next(choice for largest, choice in choices.items() if block_d(head_dim) <= largest)
+
+
+def product_piece(dtype: torch.dtype, head_dim: int) -> int:
+    """Features of a piece, where products over the head dimension are computed piece by piece; else 0."""
+    return _FLOAT32_PIECE if dtype == torch.float32 and block_d(head_dim) > _FLOAT32_PIECE else 0
+
+
+def split_loops(head_dim: int, *, heavy: bool) -> bool:
+    """Whether whole tiles run in a loop of their own: not where a second loop costs registers that are not there."""
+    return not heavy and block_d(head_dim) <= 128

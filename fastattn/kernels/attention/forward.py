@@ -12,11 +12,13 @@ import triton.language as tl
 
 from fastattn.kernels.attention.primitives import (
     LN2,
+    Rows,
     dropout_keep,
     exponential,
     key_range,
     last_full_key,
     load_rows,
+    product_tile,
     score_tile,
     store_rows,
 )
@@ -24,14 +26,15 @@ from fastattn.kernels.attention.primitives import (
 
 @triton.jit
 def _walk_keys(
-    output, total, maximum, queries, begin, end, b, h, first_row, key, value, scale, masks, dropout, shape,
+    output, total, maximum, queries, query_rows, begin, end, b, h, first_row, key, value, scale, masks, dropout, shape,
     F: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys [begin, end) into (output, total, maximum)."""
     for first_column in tl.range(begin, end, BLOCK_N):
-        keys = load_rows(key, b, h // shape.group, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)  # [BN, BD]
-        product = tl.dot(queries, tl.trans(keys), input_precision=F.precision)  # [BM, BN]
+        key_rows = Rows(key, b, h // shape.group, first_column, shape.columns)
+        keys = load_rows(key_rows, DIM, BLOCK_N, BLOCK_D)  # [BN, BD]
+        product = product_tile(queries, query_rows, keys, key_rows, F, DIM, BLOCK_M, BLOCK_N)  # [BM, BN]
         score = score_tile(
             product, b, h, first_row, first_column, scale, masks, shape, F, EDGE, BLOCK_M, BLOCK_N, False
         )
@@ -44,7 +47,8 @@ def _walk_keys(
         if dropout.seed is not None:
             keep = dropout_keep(dropout, b * shape.heads + h, first_row, first_column, BLOCK_M, BLOCK_N, False)
             probability = tl.where(keep, probability, 0.0)
-        values = load_rows(value, b, h // shape.group, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)  # [BN, BD]
+        value_rows = Rows(value, b, h // shape.group, first_column, shape.columns)
+        values = load_rows(value_rows, DIM, BLOCK_N, BLOCK_D)  # [BN, BD]
         output = output * decay[:, None]
         output = tl.dot(probability.to(values.dtype), values, output, input_precision=F.precision)
         maximum = new_maximum
@@ -66,7 +70,8 @@ def attention_forward(
     b = batch.to(tl.int64)
     h = (batch_head % shape.heads).to(tl.int64)
 
-    queries = load_rows(query, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
+    query_rows = Rows(query, b, h, first_row, shape.rows)
+    queries = load_rows(query_rows, DIM, BLOCK_M, BLOCK_D)
     output = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -77,18 +82,18 @@ def attention_forward(
     if F.split:
         edge = last_full_key(begin, end, first_row, masks, F, BLOCK_N)
         output, total, maximum = _walk_keys(
-            output, total, maximum, queries, begin, edge, b, h, first_row, key, value, scale,
+            output, total, maximum, queries, query_rows, begin, edge, b, h, first_row, key, value, scale,
             masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     output, total, maximum = _walk_keys(
-        output, total, maximum, queries, edge, end, b, h, first_row, key, value, scale,
+        output, total, maximum, queries, query_rows, edge, end, b, h, first_row, key, value, scale,
         masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
     empty = total == 0.0
     safe_total = tl.where(empty, 1.0, total)
     output = output * (dropout.keep_scale / safe_total)[:, None]
-    store_rows(out, b, h, output, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
+    store_rows(Rows(out, b, h, first_row, shape.rows), output, DIM, BLOCK_M, BLOCK_D)
     logarithm = tl.log2(safe_total) * LN2
     high = maximum + logarithm if F.natural else maximum * LN2 + logarithm
     row = first_row + tl.arange(0, BLOCK_M)

@@ -92,7 +92,8 @@ class _Problem:
             has_lower=lower is not None,
             has_upper=upper is not None,
             natural=natural,
-            split=not self.heavy,
+            split=config.split_loops(self.head_dim, heavy=self.heavy),
+            piece=config.product_piece(self.dtype, self.head_dim),
             precision="ieee" if exact else "tf32",
         )
 
@@ -103,7 +104,7 @@ class _Problem:
             kernel[(programs(tile),)](
                 masks=self.masks, shape=self.shape, F=self.features, DIM=self.head_dim,
                 BLOCK_D=config.block_d(self.head_dim), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-                num_warps=tile.warps, num_stages=tile.stages, **arguments,
+                num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **arguments,
             )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ column, every tile of rows or columns that shares it. Storing dS instead would m
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention.primitives import dscore_tile, load_pivot, load_rows, score_tile
+from fastattn.kernels.attention.primitives import Rows, dscore_tile, load_pivot, load_rows, product_tile, score_tile
 
 
 @triton.jit
@@ -43,22 +43,24 @@ def attention_dmask(
                 row = first_row + tl.arange(0, BLOCK_M)
                 inside = row < shape.rows
                 place = (b * shape.heads + h) * shape.rows + row
-                queries = load_rows(query, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
+                query_rows = Rows(query, b, h, first_row, shape.rows)
+                queries = load_rows(query_rows, DIM, BLOCK_M, BLOCK_D)
+                dout_rows = Rows(dout, b, h, first_row, shape.rows)
                 douts = queries
                 deltas = tl.zeros([BLOCK_M], tl.float32)
                 if dout.pointer is not None:
-                    douts = load_rows(dout, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
+                    douts = load_rows(dout_rows, DIM, BLOCK_M, BLOCK_D)
                     deltas = tl.load(delta + place, mask=inside, other=0.0)
                 pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
                 for first_column in tl.range(begin_column, end_column, BLOCK_N):
-                    keys = load_rows(key, b, h // shape.group, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)
-                    product = tl.dot(queries, tl.trans(keys), input_precision=F.precision)
+                    key_rows = Rows(key, b, h // shape.group, first_column, shape.columns)
+                    keys = load_rows(key_rows, DIM, BLOCK_N, BLOCK_D)
+                    product = product_tile(queries, query_rows, keys, key_rows, F, DIM, BLOCK_M, BLOCK_N)
                     dproduct = product
                     if value.pointer is not None:
-                        values = load_rows(
-                            value, b, h // shape.group, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D
-                        )
-                        dproduct = tl.dot(douts, tl.trans(values), input_precision=F.precision)
+                        value_rows = Rows(value, b, h // shape.group, first_column, shape.columns)
+                        values = load_rows(value_rows, DIM, BLOCK_N, BLOCK_D)
+                        dproduct = product_tile(douts, dout_rows, values, value_rows, F, DIM, BLOCK_M, BLOCK_N)
                     score = score_tile(
                         product, b, h, first_row, first_column, scale, masks, shape, F, True, BLOCK_M, BLOCK_N, False
                     )

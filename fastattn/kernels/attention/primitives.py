@@ -26,6 +26,16 @@ class Heads(NamedTuple):
     row: Any
 
 
+class Rows(NamedTuple):
+    """Rows from ``first`` on, of ``length`` in all, of one head of a ``Heads``."""
+
+    tensor: Any
+    batch: Any
+    head: Any
+    first: Any
+    length: Any
+
+
 class Weights(NamedTuple):
     """A (B, H, L, S) tensor of any strides; pointer None where there is none."""
 
@@ -78,7 +88,7 @@ class Features:
 
     ``natural``: scores in natural units, because a float mask needs them (see score_tile). ``split``: tiles that
     nothing cuts run in a loop of their own without the comparisons; a second copy of a loop that also loads masks or
-    draws dropout costs more registers than the comparisons cost time.
+    draws dropout costs more registers than the comparisons cost time. ``piece``: see product_tile.
     """
 
     mask_bool: bool
@@ -89,6 +99,7 @@ class Features:
     has_upper: bool
     natural: bool
     split: bool
+    piece: int
     precision: str
 
 
@@ -128,27 +139,57 @@ def probability_tile(score, pivot, rest, F: tl.constexpr):
 
 
 @triton.jit
-def load_rows(tensor, b, h, first, length, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [first, first + BLOCK) of one head of a ``Heads`` as (BLOCK, BLOCK_D); past ``length`` and DIM reads 0."""
+def load_rows(rows, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, first_feature=0):
+    """BLOCK rows from ``rows.first`` on as (BLOCK, BLOCK_D); past the length and DIM reads 0.
+
+    ``first_feature``: where its BLOCK_D features start.
+    """
     local = tl.arange(0, BLOCK)[:, None]
-    offset = tl.arange(0, BLOCK_D)[None, :]
-    start = tensor.pointer + b * tensor.batch + h * tensor.head + tl.cast(first, tl.int64) * tensor.row
-    inside = first + local < length
-    if DIM != BLOCK_D:
+    offset = first_feature + tl.arange(0, BLOCK_D)[None, :]
+    inside = rows.first + local < rows.length
+    if DIM % BLOCK_D != 0:
         inside = inside & (offset < DIM)
-    return tl.load(start + (local * tensor.row + offset), mask=inside, other=0.0)
+    return tl.load(_start(rows) + (local * rows.tensor.row + offset), mask=inside, other=0.0)
 
 
 @triton.jit
-def store_rows(tensor, b, h, value, first, length, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write (BLOCK, BLOCK_D) to rows [first, first + BLOCK) of one head of a ``Heads``, in its own dtype."""
+def store_rows(rows, value, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write (BLOCK, BLOCK_D) to BLOCK rows from ``rows.first`` on, in the tensor's own dtype."""
     local = tl.arange(0, BLOCK)[:, None]
     offset = tl.arange(0, BLOCK_D)[None, :]
-    start = tensor.pointer + b * tensor.batch + h * tensor.head + tl.cast(first, tl.int64) * tensor.row
-    inside = first + local < length
+    inside = rows.first + local < rows.length
     if DIM != BLOCK_D:
         inside = inside & (offset < DIM)
-    tl.store(start + (local * tensor.row + offset), value.to(tensor.pointer.dtype.element_ty), mask=inside)
+    value = value.to(rows.tensor.pointer.dtype.element_ty)
+    tl.store(_start(rows) + (local * rows.tensor.row + offset), value, mask=inside)
+
+
+@triton.jit
+def _start(rows):
+    tensor = rows.tensor
+    first = tl.cast(rows.first, tl.int64) * tensor.row
+    return tensor.pointer + rows.batch * tensor.batch + rows.head * tensor.head + first
+
+
+@triton.jit
+def product_tile(
+    left_tile, left, right_tile, right, F: tl.constexpr, DIM: tl.constexpr, BLOCK_LEFT: tl.constexpr,
+    BLOCK_RIGHT: tl.constexpr,
+):  # fmt: skip
+    """<left_i, right_j> (BLOCK_LEFT, BLOCK_RIGHT) of two tiles of rows, given as loaded and as where they stand.
+
+    Without tensor cores a product keeps the features of its rows in registers. Two times 256 of them spill, so with
+    F.piece > 0 the tiles are read again in pieces of that many features.
+    """
+    if F.piece == 0:
+        product = tl.dot(left_tile, tl.trans(right_tile), input_precision=F.precision)
+    else:
+        product = tl.zeros([BLOCK_LEFT, BLOCK_RIGHT], tl.float32)
+        for feature in tl.range(0, DIM, F.piece):
+            left_piece = load_rows(left, DIM, BLOCK_LEFT, F.piece, feature)
+            right_piece = load_rows(right, DIM, BLOCK_RIGHT, F.piece, feature)
+            product = tl.dot(left_piece, tl.trans(right_piece), product, input_precision=F.precision)
+    return product
 
 
 @triton.jit

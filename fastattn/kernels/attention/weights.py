@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention.primitives import (
+    Rows,
     dropout_keep,
     key_range,
     load_pivot,
     load_rows,
     probability_tile,
+    product_tile,
     score_tile,
 )
 
@@ -44,10 +46,12 @@ def attention_weights(
     last_head = tl.where((first_column >= begin) & (first_column < end), first_head + averaged, first_head)
     for head in tl.range(first_head, last_head):
         h = tl.cast(head, tl.int64)
-        queries = load_rows(query, b, h, first_row, shape.rows, DIM, BLOCK_M, BLOCK_D)
-        keys = load_rows(key, b, h // shape.group, first_column, shape.columns, DIM, BLOCK_N, BLOCK_D)
+        query_rows = Rows(query, b, h, first_row, shape.rows)
+        queries = load_rows(query_rows, DIM, BLOCK_M, BLOCK_D)
+        key_rows = Rows(key, b, h // shape.group, first_column, shape.columns)
+        keys = load_rows(key_rows, DIM, BLOCK_N, BLOCK_D)
         pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
-        product = tl.dot(queries, tl.trans(keys), input_precision=F.precision)
+        product = product_tile(queries, query_rows, keys, key_rows, F, DIM, BLOCK_M, BLOCK_N)
         score = score_tile(
             product, b, h, first_row, first_column, scale, masks, shape, F, True, BLOCK_M, BLOCK_N, False
         )
