@@ -30,8 +30,8 @@ TABLE = Path(__file__).parent / "results" / "budget.csv"
 ARCHITECTURES = (80, 90, 100)
 # Shared memory one program may use: CUDA C++ Programming Guide, technical specifications per compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-DTYPES = ("bfloat16", "float16", "float32")
-HEAD_DIMS = (32, 64, 80, 128, 256)  # 80 is held as 128: the same tile with its columns masked
+DTYPES = ("bfloat16", "float32")  # float16 has bfloat16's tiles and instructions
+HEAD_DIMS = (64, 80, 256)  # one for each tile; 80 is held as 128, with its columns masked
 # What a call brings, by name.
 FEATURES = {
     "plain": frozenset(),
@@ -40,7 +40,13 @@ FEATURES = {
     "padding": frozenset({"padding"}),
     "mask": frozenset({"mask"}),
     "dropout": frozenset({"upper", "dropout"}),
-    "everything": frozenset({"upper", "lower", "padding", "mask", "dropout"}),
+    "softcap": frozenset({"upper", "softcap"}),
+    "alibi": frozenset({"upper", "alibi"}),
+    "sinks": frozenset({"upper", "sinks"}),
+    "segments": frozenset({"upper", "segments"}),
+    "everything": frozenset(
+        {"upper", "lower", "padding", "mask", "dropout", "softcap", "alibi", "sinks", "segments"}
+    ),
 }
 _TENSOR_CORE = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 
@@ -149,7 +155,7 @@ def compile_case(case: Case) -> list[Row]:
         _call(launch, torch, case)
     finally:
         JITFunction.run = run
-    return [_row(case, name, kernel) for name, kernel in compiled if name != "key_bounds"]
+    return [_row(case, name, kernel) for name, kernel in compiled if name not in ("key_bounds", "segment_bounds")]
 
 
 def _call(launch: Any, torch: Any, case: Case) -> None:
@@ -166,9 +172,13 @@ def _call(launch: Any, torch: Any, case: Case) -> None:
     padding = empty(batch, length, dtype=torch.bool) if "padding" in brings else None
     seed = empty(1, dtype=torch.int64) if "dropout" in brings else None
     band = (-255 if "lower" in brings else None, 0 if "upper" in brings else None)
-    problem = (mask, padding, seed, 0.0 if seed is None else 0.1, 0.125, *band)
+    slopes = empty(1, heads, dtype=torch.float32) if "alibi" in brings else None
+    ids = empty(batch, length, dtype=torch.int32) if "segments" in brings else None
+    sinks = empty(heads, dtype=torch.float32) if "sinks" in brings else None
+    softcap = 30.0 if "softcap" in brings else 0.0
+    problem = (mask, padding, slopes, ids, ids, seed, 0.0 if seed is None else 0.1, 0.125, softcap, 0, *band)
     gradients = ("mask" in brings, False)
-    out, logsumexp = launch.attention(query, key, value, *problem)
+    out, logsumexp = launch.attention(query, key, value, sinks, *problem)
     launch.attention_backward(out, None, query, key, value, out, logsumexp, *problem, *gradients)
     weights = launch.attention_weights(query, key, logsumexp, *problem, True)
     launch.attention_weights_backward(weights, query, key, logsumexp, *problem, True, *gradients)

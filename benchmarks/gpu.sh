@@ -95,14 +95,15 @@ fi
 only=()
 has pytest_benchmark && only=(--benchmark-only --benchmark-disable-gc -q)
 for group in \
-    "test_module and default" "test_function and forward" "test_function and training" "test_module and not default"; do
+    "test_module and default" "test_function and forward" "test_function and training" "test_module and not default" \
+    "kv_cache" "varlen" "additive"; do
     seconds=$(left)
     echo "== $group, $seconds s left"
     if ((seconds < 1)); then
         break
     fi
     # The row that is running when the time is over is cut; no row is begun in the last second.
-    run "$seconds" "$python" -m pytest benchmarks/test_attention.py -k "$group" -p no:cacheprovider \
+    run "$seconds" "$python" -m pytest benchmarks -k "$group" -p no:cacheprovider \
         ${only[@]+"${only[@]}"} --record "$record" --seconds-left "$((seconds - 1))"
     status=$?
     ((status == 0 || status == 5 || status == 124 || status == 137)) || failed=1

@@ -10,8 +10,8 @@ namespace fastattn {
 
 // out (B, H, L, D), logsumexp (2, B, H, L), weights; weights_mode: 0 none (an empty tensor), 1 head average, 2 per head.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const ProblemArgs& args,
-    int64_t weights_mode);
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const std::optional<at::Tensor>& sinks,
+    const ProblemArgs& args, int64_t weights_mode);
 
 at::Tensor attention_weights(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp, const ProblemArgs& args, bool average);

@@ -87,8 +87,8 @@ Gradients attention_backward(
   check_tensor("value", value, key.sizes(), query.scalar_type());
   check_tensor("out", out, query.sizes(), query.scalar_type());
   check_tensor("logsumexp", logsumexp, logsumexp_sizes, at::kFloat);
-  if (grad_out) check_gradient("grad_out", *grad_out, query.sizes());
-  if (grad_logsumexp) check_gradient("grad_logsumexp", *grad_logsumexp, logsumexp_sizes);
+  if (grad_out) check_floating("grad_out", *grad_out, query.sizes());
+  if (grad_logsumexp) check_floating("grad_logsumexp", *grad_logsumexp, logsumexp_sizes);
 
   Gradient gradient(owned, query, key, args, attn_mask_grad, padding_grad);
   Backward& t = gradient.task;
@@ -118,9 +118,9 @@ Gradients attention_weights_backward(
   const Problem& p = owned.problem;
   check_tensor("logsumexp", logsumexp, logsumexp_shape(p), at::kFloat);
   if (average)
-    check_gradient("grad_weights", grad_weights, {p.batch, p.rows, p.keys});
+    check_floating("grad_weights", grad_weights, {p.batch, p.rows, p.keys});
   else
-    check_gradient("grad_weights", grad_weights, {p.batch, p.heads, p.rows, p.keys});
+    check_floating("grad_weights", grad_weights, {p.batch, p.heads, p.rows, p.keys});
 
   Gradient gradient(owned, query, key, args, attn_mask_grad, padding_grad);
   Backward& t = gradient.task;

@@ -8,7 +8,8 @@
 // All arithmetic is float32; inputs of another type are converted as they are read.
 //
 // A logsumexp is (2, B, H, L) contiguous: the float32 number, then what its rounding lost. Where a mask adds -1e9 to a
-// whole row, the logarithm of the number of its keys is in the second. A row without a key has -inf and 0.
+// whole row, the logarithm of the number of its keys is in the second. A row without a key has its sink or, without
+// sinks, -inf; and 0.
 //
 // Names: B batch, H heads, G key heads (H a multiple of G), L rows (queries), S keys, D head dimension.
 #pragma once
@@ -46,11 +47,19 @@ struct Problem {
   int64_t lower, upper;  // entry (i, j) takes part where lower <= j - i <= upper; clamped to [-(L + S), L + S]
   Tensor4 query;         // (B, H, L, D)
   Tensor4 key;           // (B, G, S, D)
+  float softcap;         // a score s becomes softcap * tanh(s / softcap) before anything is added; 0: it stays
+  const float* alibi_slopes;  // (B, H): slope * |i + shift - j| is subtracted; or null
+  int64_t alibi_batch;        // stride between the slopes of batches, 0 where they share them
+  int64_t shift;              // position of row 0 among the keys, for the slopes
   Tensor4 attn_mask;     // (B, H, L, S), boolean (true takes part) or floating (added); may be absent
   bool padded;           // a key padding mask was given
   const float* key_bias;     // (B, S rounded up to kPanel): that mask as addends, -inf for a masked key and beyond S
   const int64_t* key_begin;  // (B): the first key that is not masked by padding
   const int64_t* key_end;    // (B): one past the last
+  const int32_t* segment_query;  // (B, L) and (B, S): entry (i, j) takes part where the two are equal; both or null
+  const int32_t* segment_key;
+  const int64_t* segment_begin;  // (B, L): the first key of the row's segment and one past its last; (S, 0) without one
+  const int64_t* segment_end;
   uint64_t seed;
   uint32_t drop_below;  // an entry is dropped where the top 24 bits of its random word are below this; 0: no dropout
   float keep_scale;     // 1 / (1 - dropout_p)
@@ -67,6 +76,7 @@ enum class WeightsMode : uint8_t { none, mean, per_head };
 struct Forward {
   Problem problem;
   Tensor4 value;        // (B, G, S, D)
+  const float* sinks;   // (H): the score of one more key, whose value is 0 and whose weight is not returned; or null
   float* packed_key;    // (B, G, S / kPanel, D, kPanel), the keys transposed panel by panel; written by forward_pack
   float* packed_value;  // (B, G, S rounded up to kPanel, padded_dim); written by forward_pack
   Tensor4 out;          // (B, H, L, D), written

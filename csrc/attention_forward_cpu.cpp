@@ -41,10 +41,11 @@ static Tensor4 weights4(const at::Tensor& weights, WeightsMode mode) {
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const ProblemArgs& args,
-    int64_t weights_mode) {
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const std::optional<at::Tensor>& sinks,
+    const ProblemArgs& args, int64_t weights_mode) {
   const OwnedProblem owned(query, key, args);
   check_tensor("value", value, key.sizes(), query.scalar_type());
+  if (sinks) check_floating("sinks", *sinks, {owned.problem.heads});
   TORCH_CHECK_VALUE(weights_mode >= 0 && weights_mode <= 2, "weights_mode: got ", weights_mode, ", expected 0, 1, 2");
 
   Forward f{};
@@ -59,6 +60,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
   const int64_t planes = p.batch * p.key_heads;
   const at::Tensor packed_key = at::empty({planes, p.padded_keys(), p.dim}, at::kFloat);
   const at::Tensor packed_value = at::empty({planes, p.padded_keys(), p.padded_dim()}, at::kFloat);
+  at::Tensor dense_sinks;
+  if (sinks) {
+    dense_sinks = sinks->to(at::kFloat).contiguous();
+    f.sinks = dense_sinks.const_data_ptr<float>();
+  }
   f.value = tensor4(value);
   f.packed_key = packed_key.data_ptr<float>();
   f.packed_value = packed_value.data_ptr<float>();

@@ -4,7 +4,8 @@
 //
 //     attention:  dV = (P F)^T dO,   dS = P (F dP - delta + dLSE),   dP = dO V^T,   delta = <dO, O>
 //     weights:    dS = P F dW,       dLSE = -sum_j dS
-//     both:       dQ = scale dS K,   dK = scale dS^T Q,   mask gradients: sums of dS
+//     both:       mask gradients: sums of dS;   dC = dS (1 - tanh^2) with softcap, else dS
+//                 dQ = scale dC K,   dK = scale dC^T Q
 
 struct BackwardScratch {
   float* key_panels;    // (split_keys / kPanel, D, kPanel)
@@ -19,8 +20,9 @@ struct BackwardScratch {
   float* row_sum;       // (kTileRows): of dS
   float* row_term;      // (kTileRows): delta - dLSE
   float* factors;       // (kTileRows, columns of the tile)
+  float* cap_slopes;    // (kTileRows, columns of the tile): 1 - tanh^2 of the softcap
   float* scores;        // (kTileRows, kTileKeys): S, then P F
-  float* dscores;       // (kTileRows, kTileKeys): dP, then dS
+  float* dscores;       // (kTileRows, kTileKeys): dP, then dS, then dC
   int64_t size;
 
   BackwardScratch(const Backward& t, float* base) {
@@ -44,6 +46,7 @@ struct BackwardScratch {
     row_sum = take(kTileRows);
     row_term = take(kTileRows);
     factors = take(p.drop_below ? kTileRows * kTileKeys : 0);
+    cap_slopes = take(p.softcap > 0.0f ? kTileRows * kTileKeys : 0);
     scores = take(kTileRows * kTileKeys);
     dscores = take(kTileRows * kTileKeys);
   }
@@ -147,7 +150,7 @@ static void backward_rows(
 
   for (int64_t j = range.begin; j < range.end; j += kTileKeys) {
     const int64_t columns = min(kTileKeys, range.end - j), k = j - first;
-    score_tile(p, b, h, row, rows, j, columns, s.query, s.key_panels + k * p.dim, s.scores, kTileKeys);
+    score_tile(p, b, h, row, rows, j, columns, s.query, s.key_panels + k * p.dim, s.scores, kTileKeys, s.cap_slopes);
     if (p.drop_below) dropout_tile(p, b, h, row, rows, j, columns, s.factors);
     if (t.grad_weights.data) {
       weights_dscores(t, s, b, h, row, rows, j, columns);
@@ -161,8 +164,6 @@ static void backward_rows(
       if (t.grad_out.data)
         gemm(columns, dim, rows, {s.scores, 1, kTileKeys}, s.grad_out, dim, s.dvalue + k * dim, dim, true);
     }
-    gemm(columns, dim, rows, {s.dscores, 1, kTileKeys}, s.query, dim, s.dkey + k * dim, dim, true);
-    gemm(rows, dim, columns, {s.dscores, kTileKeys, 1}, s.key + k * dim, dim, s.dquery, dim, true);
     if (t.dmask.data) add_mask_gradient(t, b, h, row, rows, j, columns, s.dscores);
     if (t.dpadding)
       for (int64_t i = 0; i < rows; ++i)
@@ -173,6 +174,9 @@ static void backward_rows(
         for (int64_t c = 0; c < columns; c += kLanes) sum += load(s.dscores + i * kTileKeys + c);
         s.row_sum[i] += sum_lanes(sum);
       }
+    if (p.softcap > 0.0f) multiply_tile(s.dscores, kTileKeys, rows, columns, s.cap_slopes);
+    gemm(columns, dim, rows, {s.dscores, 1, kTileKeys}, s.query, dim, s.dkey + k * dim, dim, true);
+    gemm(rows, dim, columns, {s.dscores, kTileKeys, 1}, s.key + k * dim, dim, s.dquery, dim, true);
   }
 }
 

@@ -1,58 +1,39 @@
 // Python's view of the operators; positional, called by fastattn/kernels/attention/extension.py only.
 #include <torch/csrc/utils/pybind.h>
 
+#include <tuple>
+
 #include "attention.h"
 #include "instruction_set.h"
 
-namespace {
+namespace pybind11::detail {
 
-using fastattn::ProblemArgs;
-using MaybeTensor = std::optional<at::Tensor>;
-using MaybeInt = std::optional<int64_t>;
-using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
+// The problem comes as one tuple, its fields in the order of ProblemArgs.
+template <>
+struct type_caster<fastattn::ProblemArgs> {
+  PYBIND11_TYPE_CASTER(fastattn::ProblemArgs, const_name("tuple"));
 
-auto attention_forward(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const MaybeTensor& attn_mask,
-    const MaybeTensor& key_padding_mask, int64_t seed, double dropout_p, double scale, MaybeInt lower, MaybeInt upper,
-    int64_t weights_mode) {
-  const ProblemArgs args{attn_mask, key_padding_mask, seed, dropout_p, scale, lower, upper};
-  return fastattn::attention_forward(query, key, value, args, weights_mode);
-}
+  bool load(handle source, bool convert) {
+    using Tensor = std::optional<at::Tensor>;
+    using Int = std::optional<int64_t>;
+    using Fields =
+        std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double, double, double, int64_t, Int, Int>;
+    make_caster<Fields> fields;
+    if (!fields.load(source, convert)) return false;
+    value = std::apply(
+        [](auto&&... field) { return fastattn::ProblemArgs{std::move(field)...}; }, cast_op<Fields>(std::move(fields)));
+    return true;
+  }
+};
 
-auto attention_backward(
-    const MaybeTensor& grad_out, const MaybeTensor& grad_logsumexp, const at::Tensor& query, const at::Tensor& key,
-    const at::Tensor& value, const at::Tensor& out, const at::Tensor& logsumexp, const MaybeTensor& attn_mask,
-    const MaybeTensor& key_padding_mask, int64_t seed, double dropout_p, double scale, MaybeInt lower, MaybeInt upper,
-    bool attn_mask_grad, bool padding_grad) {
-  const ProblemArgs args{attn_mask, key_padding_mask, seed, dropout_p, scale, lower, upper};
-  return fastattn::attention_backward(
-      grad_out, grad_logsumexp, query, key, value, out, logsumexp, args, attn_mask_grad, padding_grad);
-}
-
-auto attention_weights(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp, const MaybeTensor& attn_mask,
-    const MaybeTensor& key_padding_mask, int64_t seed, double dropout_p, double scale, MaybeInt lower, MaybeInt upper,
-    bool average) {
-  const ProblemArgs args{attn_mask, key_padding_mask, seed, dropout_p, scale, lower, upper};
-  return fastattn::attention_weights(query, key, logsumexp, args, average);
-}
-
-auto attention_weights_backward(
-    const at::Tensor& grad_weights, const at::Tensor& query, const at::Tensor& key, const at::Tensor& logsumexp,
-    const MaybeTensor& attn_mask, const MaybeTensor& key_padding_mask, int64_t seed, double dropout_p, double scale,
-    MaybeInt lower, MaybeInt upper, bool average, bool attn_mask_grad, bool padding_grad) {
-  const ProblemArgs args{attn_mask, key_padding_mask, seed, dropout_p, scale, lower, upper};
-  return fastattn::attention_weights_backward(
-      grad_weights, query, key, logsumexp, args, average, attn_mask_grad, padding_grad);
-}
-
-}  // namespace
+}  // namespace pybind11::detail
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("attention_forward", &attention_forward, NoGil());
-  m.def("attention_backward", &attention_backward, NoGil());
-  m.def("attention_weights", &attention_weights, NoGil());
-  m.def("attention_weights_backward", &attention_weights_backward, NoGil());
+  using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("attention_forward", &fastattn::attention_forward, NoGil());
+  m.def("attention_backward", &fastattn::attention_backward, NoGil());
+  m.def("attention_weights", &fastattn::attention_weights, NoGil());
+  m.def("attention_weights_backward", &fastattn::attention_weights_backward, NoGil());
   m.def("instruction_sets", &fastattn::instruction_sets);
   m.def("use_instruction_set", &fastattn::use_instruction_set);
 }

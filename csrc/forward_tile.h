@@ -161,8 +161,8 @@ static void forward_head(
   load_rows(p.query, b, h, row, rows, p.dim, p.scale, s.query, dim);
   for (int64_t i = 0; i < rows * dim; ++i) s.out[i] = 0.0f;
   for (int64_t i = 0; i < rows; ++i) {
-    s.maximum[i] = -kInfinity;
-    store(s.sum + i * kLanes, vec{});
+    s.maximum[i] = f.sinks ? f.sinks[h] : -kInfinity;
+    store(s.sum + i * kLanes, vec{f.sinks ? 1.0f : 0.0f});  // exp(sink - maximum), in one lane
   }
   const bool keep = f.mode != WeightsMode::none;
   for (int64_t j = range.begin, block = 0; j < range.end; j += kBlockKeys, ++block) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <unordered_map>
 
 namespace fastattn {
 
@@ -41,7 +42,7 @@ void check_tensor(const char* name, const at::Tensor& tensor, at::IntArrayRef sh
   TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, ": got dtype ", tensor.scalar_type(), ", expected ", type);
 }
 
-void check_gradient(const char* name, const at::Tensor& tensor, at::IntArrayRef shape) {
+void check_floating(const char* name, const at::Tensor& tensor, at::IntArrayRef shape) {
   check_cpu(name, tensor);
   TORCH_CHECK_VALUE(tensor.sizes() == shape, name, ": got shape ", tensor.sizes(), ", expected ", shape);
   TORCH_CHECK_TYPE(at::isFloatingType(tensor.scalar_type()), name, ": got dtype ", tensor.scalar_type());
@@ -86,6 +87,37 @@ static void check_masks(const ProblemArgs& args, at::IntArrayRef scores) {
   }
 }
 
+static void check_segments(const ProblemArgs& args, at::IntArrayRef scores) {
+  TORCH_CHECK_VALUE(
+      args.segment_query.has_value() == args.segment_key.has_value(),
+      "segment_query, segment_key: got one of them, expected both or none");
+  if (!args.segment_query) return;
+  const at::ScalarType type = args.segment_query->scalar_type();
+  TORCH_CHECK_TYPE(
+      type == at::kInt || type == at::kLong, "segment_query: got dtype ", type, ", expected int32 or int64");
+  check_tensor("segment_query", *args.segment_query, {scores[0], scores[2]}, type);
+  check_tensor("segment_key", *args.segment_key, {scores[0], scores[3]}, type);
+}
+
+static void check_arguments(const ProblemArgs& args, at::IntArrayRef scores) {
+  check_masks(args, scores);
+  check_segments(args, scores);
+  if (args.alibi_slopes) {
+    const at::Tensor& slopes = *args.alibi_slopes;
+    const int64_t batches = slopes.dim() == 2 && slopes.size(0) == 1 ? 1 : scores[0];
+    check_tensor("alibi_slopes", slopes, {batches, scores[1]}, at::kFloat);
+  }
+  TORCH_CHECK_VALUE(
+      args.softcap >= 0.0 && std::isfinite(args.softcap), "softcap: got ", args.softcap,
+      ", expected a positive finite number, or 0 for none");
+  TORCH_CHECK_VALUE(
+      args.dropout_p >= 0.0 && args.dropout_p <= 1.0, "dropout_p: got ", args.dropout_p, ", expected 0 to 1");
+  if (args.dropout_p > 0.0) {
+    TORCH_CHECK_VALUE(args.seed, "seed: got None, expected a tensor: dropout_p is ", args.dropout_p);
+    check_tensor("seed", *args.seed, {1}, at::kLong);
+  }
+}
+
 // The padding mask as addends, and for each batch the range of its keys that take part.
 static void read_padding(OwnedProblem& owned, const std::optional<at::Tensor>& mask) {
   Problem& p = owned.problem;
@@ -113,7 +145,54 @@ static void read_padding(OwnedProblem& owned, const std::optional<at::Tensor>& m
   p.key_end = end;
 }
 
-OwnedProblem::OwnedProblem(const at::Tensor& query, const at::Tensor& key, const ProblemArgs& args) {
+// The segments of all batches as numbers from 0 on, -1 for a query's id that no key has, and the keys of each row's.
+// Ids stand in any order; equal neighbours, the usual case, are looked up once.
+static void read_segments(OwnedProblem& owned, const at::Tensor& query_ids, const at::Tensor& key_ids) {
+  struct Segment {
+    int32_t number;
+    int64_t begin, end;
+  };
+  Problem& p = owned.problem;
+  const at::Tensor dense_query = query_ids.to(at::kLong).contiguous(), dense_key = key_ids.to(at::kLong).contiguous();
+  owned.segment_query = at::empty({p.batch, p.rows}, at::kInt);
+  owned.segment_key = at::empty({p.batch, p.keys}, at::kInt);
+  owned.segment_begin = at::empty({p.batch, p.rows}, at::kLong);
+  owned.segment_end = at::empty({p.batch, p.rows}, at::kLong);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t* ids = dense_key.const_data_ptr<int64_t>() + b * p.keys;
+    int32_t* numbers = owned.segment_key.data_ptr<int32_t>() + b * p.keys;
+    std::unordered_map<int64_t, Segment> segments;
+    Segment* segment = nullptr;
+    for (int64_t j = 0; j < p.keys; ++j) {
+      const Segment unseen{static_cast<int32_t>(segments.size()), j, j};
+      if (j == 0 || ids[j] != ids[j - 1]) segment = &segments.try_emplace(ids[j], unseen).first->second;
+      segment->end = j + 1;
+      numbers[j] = segment->number;
+    }
+    const Segment none{-1, p.keys, 0};
+    ids = dense_query.const_data_ptr<int64_t>() + b * p.rows;
+    numbers = owned.segment_query.data_ptr<int32_t>() + b * p.rows;
+    int64_t* begin = owned.segment_begin.data_ptr<int64_t>() + b * p.rows;
+    int64_t* end = owned.segment_end.data_ptr<int64_t>() + b * p.rows;
+    const Segment* own = &none;
+    for (int64_t i = 0; i < p.rows; ++i) {
+      if (i == 0 || ids[i] != ids[i - 1]) {
+        const auto found = segments.find(ids[i]);
+        own = found == segments.end() ? &none : &found->second;
+      }
+      numbers[i] = own->number;
+      begin[i] = own->begin;
+      end[i] = own->end;
+    }
+  }
+  p.segment_query = owned.segment_query.const_data_ptr<int32_t>();
+  p.segment_key = owned.segment_key.const_data_ptr<int32_t>();
+  p.segment_begin = owned.segment_begin.const_data_ptr<int64_t>();
+  p.segment_end = owned.segment_end.const_data_ptr<int64_t>();
+}
+
+OwnedProblem::OwnedProblem(const at::Tensor& query, const at::Tensor& key, const ProblemArgs& args)
+    : problem{} {
   check_inputs(query, key);
   Problem& p = problem;
   p.batch = query.size(0);
@@ -122,20 +201,27 @@ OwnedProblem::OwnedProblem(const at::Tensor& query, const at::Tensor& key, const
   p.dim = query.size(3);
   p.key_heads = key.size(1);
   p.keys = key.size(2);
-  check_masks(args, {p.batch, p.heads, p.rows, p.keys});
-  TORCH_CHECK_VALUE(
-      args.dropout_p >= 0.0 && args.dropout_p <= 1.0, "dropout_p: got ", args.dropout_p, ", expected 0 to 1");
+  check_arguments(args, {p.batch, p.heads, p.rows, p.keys});
   p.scale = static_cast<float>(args.scale);
+  // Far from any score a cap does nothing, or makes all scores 0: clamped, it and its inverse are finite floats.
+  p.softcap = args.softcap > 0.0 ? static_cast<float>(std::clamp(args.softcap, 1e-30, 1e30)) : 0.0f;
+  p.shift = args.shift;
   const int64_t open = p.rows + p.keys;
   p.lower = std::clamp(args.lower.value_or(-open), -open, open);
   p.upper = std::clamp(args.upper.value_or(open), -open, open);
   p.query = tensor4(query);
   p.key = tensor4(key);
   if (args.attn_mask) p.attn_mask = tensor4(*args.attn_mask);
-  p.seed = static_cast<uint64_t>(args.seed);
+  if (args.alibi_slopes) {
+    alibi_slopes = args.alibi_slopes->contiguous();
+    p.alibi_slopes = alibi_slopes.const_data_ptr<float>();
+    p.alibi_batch = alibi_slopes.size(0) == 1 ? 0 : p.heads;
+  }
+  if (args.dropout_p > 0.0) p.seed = static_cast<uint64_t>(*args.seed->const_data_ptr<int64_t>());
   p.drop_below = static_cast<uint32_t>(std::ceil(args.dropout_p * 16777216.0));
   p.keep_scale = args.dropout_p < 1.0 ? static_cast<float>(1.0 / (1.0 - args.dropout_p)) : 0.0f;
   read_padding(*this, args.key_padding_mask);
+  if (args.segment_query) read_segments(*this, *args.segment_query, *args.segment_key);
 }
 
 at::Tensor empty_heads_last(const at::Tensor& like) {

@@ -14,13 +14,17 @@
 
 namespace fastattn {
 
-// The arguments that every operator of fastattn/kernels/attention/op.py shares.
+// The arguments that every operator of fastattn/kernels/attention/op.py shares, in its order.
 struct ProblemArgs {
   std::optional<at::Tensor> attn_mask;         // (B, H, L, S) after broadcasting; bool (true takes part) or floating
   std::optional<at::Tensor> key_padding_mask;  // (B, S), bool (true takes part) or floating
-  int64_t seed;
-  double dropout_p;
-  double scale;
+  std::optional<at::Tensor> alibi_slopes;      // (B or 1, H) float
+  std::optional<at::Tensor> segment_query, segment_key;  // (B, L) and (B, S), int32 or int64 alike; both or none
+  std::optional<at::Tensor> seed;                        // (1), int64; read where dropout_p > 0
+  double dropout_p = 0.0;
+  double scale = 1.0;
+  double softcap = 0.0;
+  int64_t shift = 0;
   std::optional<int64_t> lower, upper;
 };
 
@@ -28,8 +32,9 @@ struct ProblemArgs {
 struct OwnedProblem {
   Problem problem;
   at::Tensor key_bias, key_begin, key_end;
+  at::Tensor alibi_slopes, segment_query, segment_key, segment_begin, segment_end;
 
-  // Throws c10::Error unless query (B, H, L, D), key (B, G, S, D) and the masks fit together.
+  // Throws c10::Error unless query (B, H, L, D), key (B, G, S, D) and the arguments fit together.
   OwnedProblem(const at::Tensor& query, const at::Tensor& key, const ProblemArgs& args);
 };
 
@@ -43,7 +48,7 @@ Tensor4 tensor4(const at::Tensor& tensor);
 void check_tensor(const char* name, const at::Tensor& tensor, at::IntArrayRef shape, at::ScalarType type);
 
 // Throws unless `tensor` has that shape and a type that load_rows reads.
-void check_gradient(const char* name, const at::Tensor& tensor, at::IntArrayRef shape);
+void check_floating(const char* name, const at::Tensor& tensor, at::IntArrayRef shape);
 
 // An uninitialised (B, H, L, D) laid out as (B, L, H, D): merging the heads afterwards is a view.
 at::Tensor empty_heads_last(const at::Tensor& like);

@@ -1,5 +1,5 @@
-// The scores of one tile, with every mask applied: the one place that decides which entries take part.
-// Part of kernels.inc.h.
+// The scores of one tile, capped and with every mask applied: the one place that decides which entries take part and
+// with what score. Part of kernels.inc.h.
 
 // The keys that rows [row, row + rows) of batch b may see, widened to the start of a panel and to a multiple of kKeyUnit;
 // empty when begin >= end.
@@ -8,8 +8,17 @@ struct KeyRange {
 };
 
 static inline KeyRange key_range(const Problem& p, int64_t b, int64_t row, int64_t rows) {
-  const int64_t begin = max(p.key_begin[b], row + p.lower);
-  const int64_t end = min(p.key_end[b], row + rows + p.upper);
+  int64_t begin = max(p.key_begin[b], row + p.lower);
+  int64_t end = min(p.key_end[b], row + rows + p.upper);
+  if (p.segment_query) {
+    int64_t first = p.keys, last = 0;
+    for (int64_t i = b * p.rows + row; i < b * p.rows + row + rows; ++i) {
+      first = min(first, p.segment_begin[i]);
+      last = max(last, p.segment_end[i]);
+    }
+    begin = max(begin, first);
+    end = min(end, last);
+  }
   if (begin >= end) return {0, 0};
   return {begin / kPanel * kPanel, round_up(end, kKeyUnit)};
 }
@@ -30,20 +39,47 @@ static inline void boolean_mask_row(const uint8_t* mask, int64_t step, int64_t n
     for (int64_t j = 0; j < n; ++j) s[j] = mask[j * step] ? s[j] : -kInfinity;
 }
 
+// Softcap in place, and where it is not null to cap_slopes (rows, columns) its derivative.
+static void cap_tile(
+    float softcap, float* scores, int64_t score_row, int64_t rows, int64_t columns, float* cap_slopes) {
+  const float inverse = 1.0f / softcap;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const vec t = tanh(load(scores + i * score_row + j) * inverse);
+      store(scores + i * score_row + j, t * softcap);
+      if (cap_slopes) store(cap_slopes + i * columns + j, (1.0f - t) * (1.0f + t));
+    }
+}
+
+// Subtracts slope * |distance|; `distance` is that of the first row and the first column.
+static void subtract_distances(
+    float slope, int64_t distance, float* scores, int64_t score_row, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float* s = scores + i * score_row;
+    const float first = (float)(distance + i);
+    for (int32_t j = 0; j < (int32_t)columns; ++j) s[j] -= slope * __builtin_fabsf(first - (float)j);
+  }
+}
+
 // scores (rows, columns), leading dimension score_row, of rows from `row` and keys from `column`, for head h of batch
 // b. query: rows of D floats with leading dimension padded_dim, already times the scale. panels: the keys from
 // `column` on, transposed (columns / kPanel, D, kPanel). column is a multiple of kPanel, columns of kKeyUnit.
+// cap_slopes (rows, columns), dense: with softcap, the derivatives of the capped scores are written there; may be null.
 static void score_tile(
     const Problem& p, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t column, int64_t columns,
-    const float* query, const float* panels, float* scores, int64_t score_row) {
+    const float* query, const float* panels, float* scores, int64_t score_row, float* cap_slopes = nullptr) {
   for (int64_t j = 0; j < columns; j += kPanel)
     gemm(
         rows, min(kPanel, columns - j), p.dim, {query, p.padded_dim(), 1}, panels + j * p.dim, kPanel, scores + j,
         score_row, false);
 
+  if (p.softcap > 0.0f) cap_tile(p.softcap, scores, score_row, rows, columns, cap_slopes);
+  if (p.alibi_slopes)
+    subtract_distances(
+        p.alibi_slopes[b * p.alibi_batch + h], row + p.shift - column, scores, score_row, rows, columns);
+  const int64_t n = min(columns, p.keys - column);
   if (p.attn_mask.data) {
     const Tensor4& mask = p.attn_mask;
-    const int64_t n = min(columns, p.keys - column);
     if (mask.type == Type::boolean) {
       for (int64_t i = 0; i < rows; ++i)
         boolean_mask_row((const uint8_t*)at(mask, b, h, row + i, column), mask.stride[3], n, scores + i * score_row);
@@ -59,6 +95,13 @@ static void score_tile(
     for (int64_t i = 0; i < rows; ++i) {
       float* s = scores + i * score_row;
       for (int64_t j = 0; j < columns; ++j) s[j] = bias[j] == -kInfinity ? -kInfinity : s[j] + bias[j];
+    }
+  }
+  if (p.segment_query) {
+    const int32_t *ids = p.segment_key + b * p.keys + column, *own = p.segment_query + b * p.rows + row;
+    for (int64_t i = 0; i < rows; ++i) {
+      float* s = scores + i * score_row;
+      for (int64_t j = 0; j < n; ++j) s[j] = ids[j] == own[i] ? s[j] : -kInfinity;
     }
   }
   const bool inside = column >= row + rows - 1 + p.lower && column + columns - 1 <= row + p.upper;

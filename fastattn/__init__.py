@@ -1,20 +1,34 @@
 """fastattn: fused attention for PyTorch, a drop-in for nn.MultiheadAttention and scaled_dot_product_attention."""
 
+from fastattn.additive import additive_attention
+from fastattn.debug import debug_checks
 from fastattn.dispatch import Backend, Explanation, backend
 from fastattn.functional import explain, scaled_dot_product_attention
+from fastattn.kv_cache import attention_with_kv_cache
+from fastattn.modules.additive import AdditiveAttention
 from fastattn.modules.attention import MultiheadAttention
+from fastattn.modules.luong import LuongAttention
 from fastattn.patching import PatchReport, patch, unpatch
+from fastattn.replacing import replace_sdpa
+from fastattn.varlen import varlen_attention
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdditiveAttention",
     "Backend",
     "Explanation",
+    "LuongAttention",
     "MultiheadAttention",
     "PatchReport",
+    "additive_attention",
+    "attention_with_kv_cache",
     "backend",
+    "debug_checks",
     "explain",
     "patch",
+    "replace_sdpa",
     "scaled_dot_product_attention",
     "unpatch",
+    "varlen_attention",
 ]

@@ -35,6 +35,10 @@ class Request:
     band: bool = False  # a window or alignment other than the plain top-left triangle
     attn_mask: torch.dtype | None = None
     padding: torch.dtype | None = None
+    softcap: bool = False
+    alibi: bool = False
+    sinks: bool = False
+    segments: bool = False
     compiling: bool = False
     tiny: bool = False  # overhead decides; never while compiling
 
@@ -112,6 +116,9 @@ def _why_not_sdpa(request: Request) -> str | None:
         return "torch's public function does not return the logsumexp"
     if request.dropout and request.device_type == "cpu":
         return "torch has no fused dropout on the CPU"
+    for feature in ("softcap", "alibi", "sinks", "segments"):
+        if getattr(request, feature):
+            return f"torch's function has no {feature}"
     for mask in (request.attn_mask, request.padding):
         if mask is not None and mask not in (torch.bool, request.dtype):
             return f"torch would round a {mask} mask to {request.dtype}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import reference, sdpa, validation
+from fastattn import double_backward, reference, sdpa, validation  # noqa: F401  double_backward registers itself
 from fastattn.dispatch import TINY, Backend, Explanation, Request, choose
 from fastattn.dispatch import explain as explain_request
 from fastattn.kernels.attention import op  # noqa: F401  registers torch.ops.fastattn
@@ -26,6 +26,12 @@ class _Problem:
     key_padding_mask: Tensor | None
     dropout_p: float
     scale: float
+    softcap: float
+    alibi_slopes: Tensor | None
+    shift: int
+    segment_query: Tensor | None
+    segment_key: Tensor | None
+    sinks: Tensor | None
     lower: int | None
     upper: int | None
     batch_shape: torch.Size
@@ -44,15 +50,21 @@ def scaled_dot_product_attention(
     *,
     key_padding_mask: Tensor | None = None,
     window: Sequence[int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    segment_ids: Tensor | Sequence[Tensor] | None = None,
     causal_alignment: str = "top-left",
     need_weights: bool = False,
     average_weights: bool = True,
     return_lse: bool = False,
+    deterministic: bool = True,
 ) -> Any:
     """Softmax attention (Vaswani et al. 2017, equation 1); the first eight arguments as torch's function of that name.
 
-        O_i = sum_j W_ij v_j,   W_ij = keep_ij / (1 - dropout_p) * exp(S_ij - LSE_i),   LSE_i = log sum_j exp S_ij
-        S_ij = scale * <q_i, k_j> + attn_mask_ij + key_padding_mask_j
+        O_i = sum_j W_ij v_j,   W_ij = keep_ij / (1 - dropout_p) * exp(S_ij - LSE_i)
+        LSE_i = log(exp sink + sum_j exp S_ij)
+        S_ij = cap(scale * <q_i, k_j>) + attn_mask_ij + key_padding_mask_j - slope |i - j|
 
     Args:
         query: (B, H, L, D), float16, bfloat16, float32 or float64. Two, three or more than four dimensions are
@@ -67,21 +79,30 @@ def scaled_dot_product_attention(
         key_padding_mask: (B, S), boolean, True takes part, or floating. Whole tiles of padding are skipped.
         window: (left, right), keys further than that before or after the query's position are masked; None or -1
             leaves a side open. The position is shifted by S - L with ``causal_alignment="bottom-right"``.
+        softcap: cap(x) = softcap * tanh(x / softcap) (Gemma 2, section 2), before any mask is added; None is no cap.
+        alibi_slopes: (H) or (B, H), constants: the score falls by slope times the distance between the key and the
+            query's position, shifted as for ``window`` (Press et al. 2021).
+        sinks: (H), a logit per head that takes part in the softmax and has no value; differentiable (gpt-oss).
+        segment_ids: (B, L) integers, or a pair (B, L), (B, S): a query sees the keys of its own segment only, for
+            several documents packed into one row. Tiles of other segments are skipped.
         need_weights: also return the weights W, averaged over the heads (B, L, S), or (B, H, L, S) with
             ``average_weights=False``.
         return_lse: also return LSE, float32 (B, H, L), differentiable.
+        deterministic: accepted for other libraries' sake; the gradients are the same bits at every run either way.
 
     Returns:
         The output (B, H, L, Dv) in query's dtype; then, where asked for, the weights, then LSE. A query whose keys
-        are all masked has output 0, weights 0, LSE -inf and finite gradients.
+        are all masked has output 0, weights 0, LSE -inf (with sinks: the sink) and finite gradients.
+
+    A second derivative is computed by the eager definition, which holds the (B, H, L, S) scores: right, and slow.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
         RuntimeError: a backend forced with ``fastattn.backend`` cannot serve the call.
     """
     problem = _prepare(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_padding_mask, window,
-        causal_alignment, need_weights, average_weights, return_lse,
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_padding_mask, window, softcap,
+        alibi_slopes, sinks, segment_ids, causal_alignment, need_weights, average_weights, return_lse, deterministic,
     )  # fmt: skip
     backend = choose(problem.request)
     seed = _draw_seed(problem) if problem.dropout_p > 0.0 and backend is not Backend.SDPA else None
@@ -107,18 +128,23 @@ def explain(
     *,
     key_padding_mask: Tensor | None = None,
     window: Sequence[int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    segment_ids: Tensor | Sequence[Tensor] | None = None,
     causal_alignment: str = "top-left",
     need_weights: bool = False,
     average_weights: bool = True,
     return_lse: bool = False,
+    deterministic: bool = True,
 ) -> Explanation:
     """The backend that ``scaled_dot_product_attention`` takes for these arguments, and why not each other one.
 
     Takes the arguments of ``scaled_dot_product_attention`` and raises its errors; computes nothing.
     """
     problem = _prepare(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_padding_mask, window,
-        causal_alignment, need_weights, average_weights, return_lse,
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_padding_mask, window, softcap,
+        alibi_slopes, sinks, segment_ids, causal_alignment, need_weights, average_weights, return_lse, deterministic,
     )  # fmt: skip
     return explain_request(problem.request)
 
@@ -126,13 +152,15 @@ def explain(
 def _prepare(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
     scale: float | None, enable_gqa: bool, key_padding_mask: Tensor | None, window: Sequence[int | None] | None,
-    causal_alignment: str, need_weights: bool, average_weights: bool, return_lse: bool,
+    softcap: float | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
+    segment_ids: Tensor | Sequence[Tensor] | None, causal_alignment: str, need_weights: bool, average_weights: bool,
+    return_lse: bool, deterministic: bool,
 ) -> _Problem:  # fmt: skip
     """Check the arguments and bring them to four dimensions."""
     validation.check_tensors(query, key, value)
     validation.check_flags(
         is_causal=is_causal, enable_gqa=enable_gqa, need_weights=need_weights, average_weights=average_weights,
-        return_lse=return_lse,
+        return_lse=return_lse, deterministic=deterministic,
     )  # fmt: skip
     batch_shape = query.shape[:-2]
     if query.dim() != 4:
@@ -144,6 +172,12 @@ def _prepare(
     scale = validation.check_scale(scale, query.shape[-1])
     left, right = validation.check_window(window)
     validation.check_causal_alignment(causal_alignment)
+    cap = validation.check_softcap(softcap)
+    if alibi_slopes is not None:
+        alibi_slopes = validation.check_alibi_slopes(alibi_slopes, query)
+    if sinks is not None:
+        sinks = validation.check_sinks(sinks, query)
+    segment_query, segment_key = validation.check_segment_ids(segment_ids, query, key)
     if attn_mask is not None:
         attn_mask = validation.check_attn_mask(attn_mask, query, key)
     if key_padding_mask is not None:
@@ -170,12 +204,17 @@ def _prepare(
         band=left is not None or (right is not None and not (right == 0 and top_left)),
         attn_mask=None if attn_mask is None else attn_mask.dtype,
         padding=None if key_padding_mask is None else key_padding_mask.dtype,
+        softcap=cap > 0.0,
+        alibi=alibi_slopes is not None,
+        sinks=sinks is not None,
+        segments=segment_query is not None,
         compiling=compiling,
         tiny=not compiling and query.numel() * key.shape[2] < TINY,
     )
     return _Problem(
-        query, key, value, attn_mask, key_padding_mask, dropout_p, scale,
-        None if left is None else shift - left, None if right is None else shift + right, batch_shape, request,
+        query, key, value, attn_mask, key_padding_mask, dropout_p, scale, cap, alibi_slopes, shift, segment_query,
+        segment_key, sinks, None if left is None else shift - left, None if right is None else shift + right,
+        batch_shape, request,
     )  # fmt: skip
 
 
@@ -195,23 +234,28 @@ def _run(
     if backend is Backend.SDPA:
         return sdpa.attention(*tensors, **masks), None, None
     if backend is Backend.REFERENCE:
+        masks |= {
+            "softcap": problem.softcap, "alibi_slopes": problem.alibi_slopes, "shift": problem.shift,
+            "segment_query": problem.segment_query, "segment_key": problem.segment_key, "sinks": problem.sinks,
+        }  # fmt: skip
         out, lse, per_head = reference.attention(*tensors, seed=seed, **masks)
         if not need_weights:
             return out, lse, None
         return out, lse, (per_head.mean(1) if average else per_head).to(out.dtype)
     ops = torch.ops.fastattn
     arguments = (
-        problem.attn_mask, problem.key_padding_mask, seed, problem.dropout_p, problem.scale, problem.lower,
-        problem.upper,
+        problem.attn_mask, problem.key_padding_mask, problem.alibi_slopes, problem.segment_query, problem.segment_key,
+        seed, problem.dropout_p, problem.scale, problem.softcap, problem.shift, problem.lower, problem.upper,
     )  # fmt: skip
     # One pass where the backend has the probabilities at hand; two operators where a compiler may drop the second.
+    sinks, name = problem.sinks, backend.value
     if need_weights and backend is Backend.CPU and not problem.request.compiling:
-        out, logsumexp, weights = ops.attention_with_weights(*tensors, *arguments, average, backend.value)
+        out, logsumexp, weights = ops.attention_with_weights(*tensors, sinks, *arguments, average, name)
         return out, logsumexp[0], weights
-    out, logsumexp = ops.attention(*tensors, *arguments, backend.value)
+    out, logsumexp = ops.attention(*tensors, sinks, *arguments, name)
     weights = None
     if need_weights:
-        weights = ops.attention_weights(problem.query, problem.key, logsumexp, *arguments, average, backend.value)
+        weights = ops.attention_weights(problem.query, problem.key, logsumexp, *arguments, average, name)
     return out, logsumexp[0], weights
 
 

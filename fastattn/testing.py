@@ -44,6 +44,10 @@ class AttentionCase:
     causal: bool = False
     alignment: str = "top-left"
     window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+    segments: str | None = None  # "sorted": documents one after another; "mixed": any order
     dropout_p: float = 0.0
     average: bool = True
     loss: tuple[str, ...] = ("out", "lse", "weights")
@@ -56,8 +60,12 @@ class AttentionCase:
         left, right = self.window or (None, None)
         if self.causal:
             right = 0 if right is None else min(right, 0)
-        shift = 0 if self.alignment == "top-left" else self.columns - self.rows
-        return None if left is None else shift - left, None if right is None else shift + right
+        return None if left is None else self.shift - left, None if right is None else self.shift + right
+
+    @property
+    def shift(self) -> int:
+        """The position of query 0 among the keys."""
+        return 0 if self.alignment == "top-left" else self.columns - self.rows
 
 
 @dataclass
@@ -69,14 +77,17 @@ class Inputs:
     value: Tensor
     attn_mask: Tensor | None
     key_padding_mask: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    segment_ids: tuple[Tensor, Tensor] | None
     weigh_out: Tensor
     weigh_lse: Tensor
     weigh_weights: Tensor
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """A copy with floating tensors in another dtype."""
-        values = {
-            name: tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
+        values: dict[str, Any] = {
+            name: tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor
             for name, tensor in vars(self).items()
         }
         return replace(self, **values)
@@ -109,10 +120,19 @@ def make_inputs(case: AttentionCase, device: str = "cpu") -> Inputs:
     shape = [1 if broadcast else size for size, broadcast in zip(full, case.mask_broadcast, strict=True)]
     mask = _draw_mask(case.mask, torch.rand(shape, generator=generator) > 0.3, draw(*shape))
     padding = _draw_mask(case.padding, _padding_pattern(case, generator), draw(case.batch, case.columns))
+    slopes = torch.rand(case.heads, generator=generator) if case.alibi else None
+    sinks = 2.0 * draw(case.heads) if case.sinks else None
+    segments = None
+    if case.segments is not None:
+        pair = [torch.randint(0, 3, (case.batch, n), generator=generator) for n in (case.rows, case.columns)]
+        if case.segments == "sorted":
+            pair = [ids.sort(-1).values for ids in pair]
+        segments = (pair[0].to(device), pair[1].to(device))
     weights_shape = full[:1] + full[2:] if case.average else full
     return Inputs(
         query, key, value,
         None if mask is None else mask.to(device), None if padding is None else padding.to(device),
+        None if slopes is None else slopes.to(device), None if sinks is None else sinks.to(device), segments,
         draw(*full[:3], case.head_dim).to(case.dtype).to(device), draw(*full[:3]).to(device),
         draw(*weights_shape).to(case.dtype).to(device),
     )  # fmt: skip
@@ -143,6 +163,7 @@ def public_call(case: AttentionCase, inputs: Inputs) -> tuple[Tensor, Tensor, Te
     out, weights, lse = fastattn.scaled_dot_product_attention(
         inputs.query, inputs.key, inputs.value, inputs.attn_mask, case.dropout_p, case.causal, case.scale,
         case.heads != case.key_heads, key_padding_mask=inputs.key_padding_mask, window=case.window,
+        softcap=case.softcap, alibi_slopes=inputs.alibi_slopes, sinks=inputs.sinks, segment_ids=inputs.segment_ids,
         causal_alignment=case.alignment, need_weights=True, average_weights=case.average, return_lse=True,
     )  # fmt: skip
     return out, lse, weights
@@ -152,13 +173,23 @@ def eager_call(case: AttentionCase, inputs: Inputs) -> tuple[Tensor, Tensor, Ten
     """The same from the eager definition, in the arithmetic of the inputs' own dtype."""
     torch.manual_seed(case.seed)
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=inputs.query.device)
-    lower, upper = case.band
     out, lse, weights = reference.attention(
-        inputs.query, inputs.key, inputs.value, scale=case.scale or 1.0 / math.sqrt(case.head_dim),
-        attn_mask=inputs.attn_mask, key_padding_mask=inputs.key_padding_mask, lower=lower, upper=upper, seed=seed,
-        dropout_p=case.dropout_p, compute_dtype=inputs.query.dtype,
+        inputs.query, inputs.key, inputs.value, sinks=inputs.sinks, seed=seed, dropout_p=case.dropout_p,
+        compute_dtype=inputs.query.dtype, **_scoring(case, inputs),
     )  # fmt: skip
     return out, lse, weights.mean(1) if case.average else weights
+
+
+def _scoring(case: AttentionCase, inputs: Inputs) -> dict[str, Any]:
+    """What decides the scores, as the eager definition takes it."""
+    lower, upper = case.band
+    segment_query, segment_key = inputs.segment_ids or (None, None)
+    return {
+        "scale": case.scale or 1.0 / math.sqrt(case.head_dim), "attn_mask": inputs.attn_mask,
+        "key_padding_mask": inputs.key_padding_mask, "lower": lower, "upper": upper, "softcap": case.softcap or 0.0,
+        "alibi_slopes": None if inputs.alibi_slopes is None else inputs.alibi_slopes.view(1, -1),
+        "shift": case.shift, "segment_query": segment_query, "segment_key": segment_key,
+    }  # fmt: skip
 
 
 Call = Callable[[AttentionCase, Inputs], tuple[Tensor, Tensor, Tensor]]
@@ -171,8 +202,11 @@ def evaluate(call: Call, case: AttentionCase, inputs: Inputs) -> dict[str, Tenso
         mask = getattr(inputs, name)
         if case.mask_grad and mask is not None and mask.is_floating_point():
             leaves[name] = mask
+    if inputs.sinks is not None:
+        leaves["sinks"] = inputs.sinks
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in leaves.items()}
-    out, lse, weights = call(case, replace(inputs, **leaves))
+    given: dict[str, Any] = dict(leaves)
+    out, lse, weights = call(case, replace(inputs, **given))
     seen = lse > float("-inf")
     parts = {
         "out": lambda: (out * inputs.weigh_out).sum(),
@@ -224,15 +258,11 @@ def _error(result: Tensor, oracle: Tensor) -> float:
 def _conditions(case: AttentionCase, inputs: Inputs) -> tuple[dict[str, float], float]:
     """For each result the largest of its sums of absolute terms, and the same for the scores that matter."""
     group = case.heads // case.key_heads
-    lower, upper = case.band
     scale = case.scale or 1.0 / math.sqrt(case.head_dim)
     torch.manual_seed(case.seed)
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
-    arguments: dict[str, Any] = {
-        "scale": scale, "attn_mask": inputs.attn_mask, "key_padding_mask": inputs.key_padding_mask, "lower": lower,
-        "upper": upper, "seed": seed,
-    }  # fmt: skip
-    _, _, probability = reference.attention(inputs.query, inputs.key, inputs.value, **arguments)
+    arguments = {"seed": seed, "sinks": inputs.sinks} | _scoring(case, inputs)
+    _, lse, probability = reference.attention(inputs.query, inputs.key, inputs.value, **arguments)
     _, _, weight = reference.attention(
         inputs.query, inputs.key, inputs.value, dropout_p=case.dropout_p, **arguments
     )
@@ -242,6 +272,11 @@ def _conditions(case: AttentionCase, inputs: Inputs) -> tuple[dict[str, float], 
     for mask in (inputs.attn_mask, None if inputs.key_padding_mask is None else inputs.key_padding_mask[:, None, None]):
         if mask is not None and mask.dtype != torch.bool:
             terms = terms + mask.abs()
+    if inputs.alibi_slopes is not None:
+        distance = torch.arange(case.columns) - torch.arange(case.rows)[:, None] - case.shift
+        terms = terms + inputs.alibi_slopes[:, None, None] * distance.abs()
+    if inputs.sinks is not None:
+        terms = terms + inputs.sinks.abs()[:, None, None]
     score = _largest(terms[probability > 1e-30])
     kept = torch.where(probability > 0, weight / probability.clamp(min=1e-300), 0.0)
     dprobability = torch.zeros_like(probability)
@@ -267,6 +302,10 @@ def _conditions(case: AttentionCase, inputs: Inputs) -> tuple[dict[str, float], 
         "dvalue": of_keys(weight.transpose(-1, -2) @ inputs.weigh_out.abs()),
         "dkey_padding_mask": dscore.sum((1, 2)),
     }
+    if inputs.sinks is not None:
+        share = (inputs.sinks[:, None] - lse).exp()
+        conditions["dsinks"] = (share * delta.squeeze(-1)).sum((0, 2))
+        conditions["lse"] = torch.cat((conditions["lse"].flatten(), inputs.sinks.abs()))
     if inputs.attn_mask is not None:
         conditions["dattn_mask"] = dscore.sum_to_size(inputs.attn_mask.shape)
     return {name: _largest(tensor) for name, tensor in conditions.items()}, score

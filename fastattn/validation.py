@@ -145,6 +145,70 @@ def check_window(window: Sequence[int | None] | None) -> tuple[int | None, int |
     return left, right
 
 
+def check_softcap(softcap: float | None) -> float:
+    """A positive bound of the scores; 0.0 stands for none."""
+    if softcap is None:
+        return 0.0
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+        raise TypeError(f"softcap: got {type(softcap).__name__}, expected a positive float or None")
+    if not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap: got {softcap}, expected a positive finite number, or None for no cap")
+    return float(softcap)
+
+
+def check_alibi_slopes(slopes: Tensor, query: Tensor) -> Tensor:
+    """(H) or (B, H) floating, as (1 or B, H) float32 (float64 for float64 inputs)."""
+    _check_vector("alibi_slopes", slopes, query)
+    batch, heads = query.shape[:2]
+    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
+        raise ValueError(f"alibi_slopes: got shape {tuple(slopes.shape)}, expected (H) = ({heads},) or (B, H)")
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes: got a tensor that requires a gradient; slopes are constants, pass detach()")
+    return slopes.view(-1, heads).to(torch.promote_types(torch.float32, query.dtype))
+
+
+def check_sinks(sinks: Tensor, query: Tensor) -> Tensor:
+    """(H) floating."""
+    _check_vector("sinks", sinks, query)
+    if tuple(sinks.shape) != (query.shape[1],):
+        raise ValueError(f"sinks: got shape {tuple(sinks.shape)}, expected (H) = ({query.shape[1]},)")
+    return sinks
+
+
+def _check_vector(name: str, tensor: Tensor, query: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor or None")
+    _check_layout(name, tensor)
+    if tensor.dtype not in FLOATING:
+        raise ValueError(f"{name}: got dtype {tensor.dtype}, allowed are floating-point types")
+    if tensor.device != query.device:
+        raise ValueError(f"{name}: got device {tensor.device}, expected query's {query.device}")
+
+
+def check_segment_ids(
+    segment_ids: Tensor | Sequence[Tensor] | None, query: Tensor, key: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """One (B, L) for self-attention, or a pair of (B, L) and (B, S): integers, in one dtype, int32 or int64."""
+    if segment_ids is None:
+        return None, None
+    pair = (segment_ids, segment_ids) if isinstance(segment_ids, Tensor) else segment_ids
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(ids, Tensor) for ids in pair):
+        raise TypeError(
+            f"segment_ids: got {type(segment_ids).__name__}, expected a tensor (B, L), or a pair (B, L) and (B, S)"
+        )
+    for ids, length, side in zip(pair, (query.shape[2], key.shape[2]), ("query", "key"), strict=True):
+        if ids.dtype not in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64):
+            raise ValueError(f"segment_ids: got dtype {ids.dtype}, expected integers")
+        if ids.device != query.device:
+            raise ValueError(f"segment_ids: got device {ids.device}, expected query's {query.device}")
+        if ids.dim() != 2 or ids.shape[0] != query.shape[0] or ids.shape[1] != length:
+            raise ValueError(
+                f"segment_ids: got shape {tuple(ids.shape)} for the {side}, expected {(query.shape[0], length)}"
+            )
+    dtype = torch.promote_types(torch.int32, torch.promote_types(pair[0].dtype, pair[1].dtype))
+    return pair[0].to(dtype), pair[1].to(dtype)
+
+
 def check_flags(**flags: bool) -> None:
     """True or False, and what Python counts as one of them without surprise: None, integers, symbolic values.
 

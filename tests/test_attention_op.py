@@ -24,9 +24,9 @@ def small_tiles() -> Any:
 
 
 def _problem(name: str) -> tuple[Any, ...]:
-    """attn_mask, key_padding_mask, seed, dropout_p, scale, lower, upper of a named combination."""
-    mask = padding = seed = lower = upper = None
-    dropout_p = 0.0
+    """The problem arguments of ``op`` for a named combination."""
+    mask = padding = slopes = segment_query = segment_key = seed = lower = upper = None
+    dropout_p = softcap = 0.0
     if "mask" in name:
         mask = torch.randn(1, 2, 5, 7, device=DEVICE, requires_grad=True)
     if "padding" in name:
@@ -35,7 +35,16 @@ def _problem(name: str) -> tuple[Any, ...]:
         seed, dropout_p = torch.tensor([7], device=DEVICE), 0.25
     if "band" in name:
         lower, upper = -3, 1
-    return mask, padding, seed, dropout_p, 0.3, lower, upper
+    if "softcap" in name:
+        softcap = 2.0
+    if "alibi" in name:
+        slopes = torch.rand(1, 4, device=DEVICE)
+    if "segments" in name:
+        segment_query = torch.tensor([[0, 0, 0, 1, 1]] * 2, dtype=torch.int32, device=DEVICE)
+        segment_key = torch.tensor([[0, 0, 1, 1, 1, 1, 2]] * 2, dtype=torch.int32, device=DEVICE)
+    return (
+        mask, padding, slopes, segment_query, segment_key, seed, dropout_p, 0.3, softcap, 2, lower, upper
+    )  # fmt: skip
 
 
 def _inputs(dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +57,7 @@ def _inputs(dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-PROBLEMS = ("plain", "band", "padding", "dropout", "padding dropout band")
+PROBLEMS = ("plain", "band", "padding", "dropout", "padding dropout band", "softcap alibi segments sinks")
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -60,10 +69,11 @@ def test_opcheck(backend: Backend, problem: str, dtype: torch.dtype, layout: str
     query, key, value = _inputs(dtype, layout)
     arguments = _problem(problem)
     name = backend.value
+    sinks = torch.randn(4, device=DEVICE, requires_grad=True) if "sinks" in problem else None
     # The eager and the compiled run of a test draw gradients of their own; half precision rounds them apart.
     tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
-    torch.library.opcheck(OPS.attention, (query, key, value, *arguments, name), **tolerance)
-    out, logsumexp = OPS.attention(query, key, value, *arguments, name)
+    torch.library.opcheck(OPS.attention, (query, key, value, sinks, *arguments, name), **tolerance)
+    out, logsumexp = OPS.attention(query, key, value, sinks, *arguments, name)
     out, logsumexp = out.detach(), logsumexp.detach()
     plain = (query.detach(), key.detach(), value.detach())
     torch.library.opcheck(
@@ -80,7 +90,7 @@ def test_opcheck(backend: Backend, problem: str, dtype: torch.dtype, layout: str
             OPS.attention_weights_backward,
             (torch.randn_like(weights), *plain[:2], logsumexp, *arguments, average, False, False, name),
         )
-    torch.library.opcheck(OPS.attention_with_weights, (query, key, value, *arguments, True, name), **tolerance)
+    torch.library.opcheck(OPS.attention_with_weights, (query, key, value, sinks, *arguments, True, name), **tolerance)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -88,8 +98,8 @@ def test_opcheck_of_a_mask_with_gradient(backend: Backend) -> None:
     query, key, value = _inputs(torch.float32, "heads_last")
     mask = torch.randn(2, 1, 5, 7, device=DEVICE, requires_grad=True)
     padding = torch.randn(2, 7, device=DEVICE, requires_grad=True)
-    arguments = (mask, padding, None, 0.0, 0.3, None, 2)
-    torch.library.opcheck(OPS.attention, (query, key, value, *arguments, backend.value), rtol=1e-3, atol=1e-3)
+    arguments = (mask, padding, None, None, None, None, 0.0, 0.3, 0.0, 0, None, 2)
+    torch.library.opcheck(OPS.attention, (query, key, value, None, *arguments, backend.value), rtol=1e-3, atol=1e-3)
 
 
 class _Counter:
@@ -132,6 +142,29 @@ def test_compile_forward_and_backward_once_for_twenty_lengths(backend: str, weig
     assert counter.count == 1
 
 
+def _windowed(query: Tensor, segments: Tensor, left: int, right: int) -> Tensor:
+    out = fastattn.scaled_dot_product_attention(
+        query, query, query, window=(left, right), segment_ids=segments, softcap=3.0, sinks=query.new_zeros(2)
+    )
+    return out.square().sum()
+
+
+@pytest.mark.parametrize("backend", [*KERNELS, Backend.REFERENCE])
+def test_compile_once_for_all_windows_and_segments(backend: str) -> None:
+    torch._dynamo.reset()
+    counter = _Counter()
+    compiled = torch.compile(_windowed, fullgraph=True, dynamic=True, backend=counter)
+    with fastattn.backend(backend):
+        for left in range(2, 12):
+            query = torch.randn(1, 2, left + 9, 8, device=DEVICE, requires_grad=True)
+            segments = torch.arange(left + 9, device=DEVICE)[None] // 7
+            loss, expected = (call(query, segments, left, left // 2 + 1) for call in (compiled, _windowed))
+            torch.testing.assert_close(loss, expected)
+            grads = [torch.autograd.grad(value, query)[0] for value in (loss, expected)]
+            torch.testing.assert_close(*grads)
+    assert counter.count == 1
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_compile_through_aot_autograd(backend: Backend) -> None:
     """The backward graph is traced from the shape rules, forward and backward run from it."""
@@ -155,8 +188,8 @@ def test_autocast_casts_inputs_and_leaves_masks(backend: Backend, dtype: torch.d
     mask = torch.full((5, 7), -70000.0, device=DEVICE)  # -inf in float16: every row would be empty
     with torch.autocast(DEVICE, dtype=dtype), fastattn.backend(backend):
         out = fastattn.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
-        problem = (mask[None, None], None, None, 0.0, 8**-0.5, None, None)
-        direct, _ = OPS.attention(query, key, value, *problem, backend.value)
+        problem = (mask[None, None], *(None,) * 5, 0.0, 8**-0.5, 0.0, 0, None, None)
+        direct, _ = OPS.attention(query, key, value, None, *problem, backend.value)
     assert out.dtype == direct.dtype == dtype
     assert torch.equal(out, direct)
     assert (out != 0).all()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastattn
 from fastattn.integrations import huggingface
+from fastattn.integrations.huggingface import calling
 
 transformers = pytest.importorskip("transformers")
 
@@ -195,13 +196,13 @@ def test_a_compiled_model_is_one_graph(tokens: Tensor) -> None:
 def seen_masks(model: Any, monkeypatch: pytest.MonkeyPatch, **inputs: Any) -> list[dict[str, Any]]:
     """The masks of every call of our function while the model runs."""
     calls: list[dict[str, Any]] = []
-    original = huggingface.scaled_dot_product_attention
+    original = calling.scaled_dot_product_attention
 
     def spy(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Any:
         calls.append({"attn_mask": attn_mask, **options})
         return original(query, key, value, attn_mask, **options)
 
-    monkeypatch.setattr(huggingface, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(calling, "scaled_dot_product_attention", spy)
     model(**inputs)
     assert len(calls) == 2
     return calls
@@ -247,7 +248,7 @@ def direct(**options: Any) -> Any:
     return huggingface.attention(module, heads, heads, heads, options.pop("attention_mask", None), **options)
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "sliding_window", "position_bias", "something_new"])
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "seq_idx", "something_new"])
 def test_an_argument_that_cannot_be_honoured_raises(name: str) -> None:
     with pytest.raises(NotImplementedError, match=f"{name}: passed by BertSelfAttention"):
         direct(**{name: 1})
@@ -257,6 +258,11 @@ def test_arguments_without_effect_or_value_are_accepted() -> None:
     out, weights = direct(softcap=None, sliding_window=None, use_cache=False, position_ids=torch.arange(LENGTH))
     assert out.shape == (BATCH, LENGTH, 4, 8)
     assert weights is None
+
+
+def test_a_window_without_a_key_is_refused() -> None:
+    with pytest.raises(ValueError, match="sliding_window: got 0, expected a positive number or None"):
+        direct(sliding_window=0)
 
 
 def test_a_mask_of_three_dimensions_is_refused(tokens: Tensor) -> None:
@@ -325,25 +331,55 @@ def test_a_saved_model_loads_without_us(tmp_path: Any, tokens: Tensor) -> None:
     assert_within(loaded(input_ids=tokens).last_hidden_state, ours(input_ids=tokens).last_hidden_state, FORWARD)
 
 
+def olmo() -> Any:
+    """An architecture that asks for a registered attention, and is not verified."""
+    return transformers.OlmoForCausalLM(transformers.OlmoConfig(**SIZES, pad_token_id=0, eos_token_id=1)).eval()
+
+
 def test_another_architecture_is_reported_and_left_alone(tokens: Tensor) -> None:
-    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=32)
-    model = transformers.GPT2LMHeadModel(config).eval()
+    model = olmo()
     before = model.config._attn_implementation
     wanted = model(input_ids=tokens).logits
     report = fastattn.patch(model)
     assert report.replaced == []
-    assert report.skipped == {"": "GPT2LMHeadModel: architecture 'gpt2' not verified yet"}
+    assert report.skipped == {"": "OlmoForCausalLM: architecture 'olmo' not verified yet"}
     assert model.config._attn_implementation == before
     assert torch.equal(model(input_ids=tokens).logits, wanted)
 
 
 def test_another_architecture_switched_by_hand_is_refused(tokens: Tensor) -> None:
     huggingface.register()
-    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=32)
-    model = transformers.GPT2LMHeadModel(config).eval()
+    model = olmo()
     model.set_attn_implementation("fastattn")
-    with pytest.raises(NotImplementedError, match="architecture 'gpt2' is not verified yet"):
+    with pytest.raises(NotImplementedError, match="architecture 'olmo' not verified yet; verified are 'bart', 'bert'"):
         model(input_ids=tokens)
+
+
+@pytest.mark.parametrize("name", huggingface.REFUSED)
+def test_an_architecture_with_attention_of_its_own_is_refused_with_the_reason(name: str, tokens: Tensor) -> None:
+    cls = transformers.MODEL_MAPPING[transformers.CONFIG_MAPPING[name]] if name != "bark" else transformers.BarkModel
+    with torch.device("meta"):
+        shell = nn.Module()
+        shell.model = cls.__new__(cls)
+    nn.Module.__init__(shell.model)
+    shell.model.config = transformers.CONFIG_MAPPING[name]()
+    report = fastattn.patch(shell)
+    assert report.replaced == []
+    assert report.skipped["model"].endswith(f"architecture {name!r} {huggingface.REFUSED[name]}")
+    with pytest.raises(NotImplementedError, match=f"architecture {name!r} "):
+        huggingface.mask(1, 4, 4, config=shell.model.config)
+
+
+@pytest.mark.parametrize(("name", "error"), [("mpnet", NotImplementedError), ("bloom", NotImplementedError)])
+def test_a_model_that_adds_the_mask_never_gets_ours(name: str, error: type[Exception], tokens: Tensor) -> None:
+    huggingface.register()
+    sizes = {"mpnet": {"intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4},
+             "bloom": {"n_layer": 1, "n_head": 4}}[name]  # fmt: skip
+    config = transformers.CONFIG_MAPPING[name](vocab_size=VOCABULARY, hidden_size=32, **sizes)
+    model = transformers.MODEL_MAPPING[type(config)](config).eval()
+    model.config._attn_implementation = "fastattn"
+    with pytest.raises(error, match="adds the mask"):
+        model(input_ids=tokens, attention_mask=padding("right"))
 
 
 def test_an_encoder_decoder_of_two_berts(tokens: Tensor) -> None:

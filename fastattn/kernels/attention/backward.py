@@ -4,7 +4,8 @@
     dP_ij = <dO_i, v_j>                                   attention
     dP_ij = dW_ij                                         weights: delta = 0, and dLSE_i = -sum_j dS_ij
     dS_ij = P_ij (keep_ij dP_ij / (1 - dropout_p) - delta_i)
-    dQ_i  = scale sum_j dS_ij k_j,   dK_j = scale sum_i dS_ij q_i,   dV_j = sum_i keep_ij P_ij / (1 - dropout_p) dO_i
+    dQ_i  = scale sum_j dS_ij c'_ij k_j,   dK_j = scale sum_i dS_ij c'_ij q_i,   c' the slope of the cap, 1 without one
+    dV_j = sum_i keep_ij P_ij / (1 - dropout_p) dO_i
 
 No kernel adds to memory another one writes, so the result is the same bits at every run. ``dout.pointer`` is None for
 the gradient of the weights, ``dweights.pointer`` for that of the output. dK and dV use transposed tiles, keys by
@@ -14,8 +15,8 @@ queries: P and dS then feed the products from the accumulator's registers.
 import triton
 import triton.language as tl
 
+from fastattn.kernels.attention.arguments import Rows
 from fastattn.kernels.attention.primitives import (
-    Rows,
     dscore_tile,
     first_full_query,
     key_range,
@@ -29,7 +30,7 @@ from fastattn.kernels.attention.primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("shape",))
 def attention_delta(
     out, dout, dlogsumexp, delta, shape, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
 ):
@@ -67,7 +68,7 @@ def _walk_keys(
             value_rows = Rows(value, b, h // shape.group, first_column, shape.columns)
             values = load_rows(value_rows, DIM, BLOCK_N, BLOCK_D)
             dproduct = product_tile(douts, dout_rows, values, value_rows, F, DIM, BLOCK_M, BLOCK_N)
-        score = score_tile(
+        score, slope = score_tile(
             product, b, h, first_row, first_column, scale, masks, shape, F, EDGE, BLOCK_M, BLOCK_N, False
         )
         dscore, _ = dscore_tile(
@@ -76,11 +77,13 @@ def _walk_keys(
         )  # fmt: skip
         if dweights.pointer is not None:
             row_sum += tl.sum(dscore, 1)
+        if F.softcap:
+            dscore *= slope
         dqueries = tl.dot(dscore.to(keys.dtype), keys, dqueries, input_precision=F.precision)
     return dqueries, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("shape",))
 def attention_dquery(
     query, key, value, dout, dweights, logsumexp, delta, dquery, dlogsumexp, scale, score_scale, masks, dropout, shape,
     F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -110,10 +113,10 @@ def attention_dquery(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
 
     last_row = tl.minimum(first_row + BLOCK_M, shape.rows) - 1
-    begin, end = key_range(batch, first_row, last_row, masks, shape, F, BLOCK_N)
+    begin, end = key_range(batch, first_row, last_row, masks, shape, F, BLOCK_M, BLOCK_N)
     edge = begin
     if F.split:
-        edge = last_full_key(begin, end, first_row, masks, F, BLOCK_N)
+        edge = last_full_key(begin, end, first_row, shape, F, BLOCK_N)
         dqueries, row_sum = _walk_keys(
             dqueries, row_sum, queries, query_rows, douts, dout_rows, pivot, rest, deltas, begin, edge, b, h, first_row,
             key, value, dweights, score_scale, masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
@@ -151,7 +154,7 @@ def _walk_queries(
             dproduct = product_tile(values, value_rows, douts, dout_rows, F, DIM, BLOCK_N, BLOCK_M)
             deltas = tl.load(delta + first_place + row, mask=inside, other=0.0)
         pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
-        score = score_tile(
+        score, slope = score_tile(
             product, b, h, first_row, first_column, scale, masks, shape, F, EDGE, BLOCK_M, BLOCK_N, True
         )
         dscore, weight = dscore_tile(
@@ -160,11 +163,13 @@ def _walk_queries(
         )  # fmt: skip
         if dout.pointer is not None:
             dvalues = tl.dot(weight.to(douts.dtype), douts, dvalues, input_precision=F.precision)
+        if F.softcap:
+            dscore *= slope
         dkeys = tl.dot(dscore.to(queries.dtype), queries, dkeys, input_precision=F.precision)
     return dkeys, dvalues
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("shape",))
 def attention_dkey_dvalue(
     query, key, value, dout, dweights, logsumexp, delta, dkey, dvalue, scale, score_scale, masks, dropout, shape,
     F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -189,10 +194,10 @@ def attention_dkey_dvalue(
     dvalues = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
     last_column = tl.minimum(first_column + BLOCK_N, shape.columns) - 1
-    begin, end = query_range(batch, first_column, last_column, masks, shape, F, BLOCK_M)
+    begin, end = query_range(batch, first_column, last_column, masks, shape, F, BLOCK_M, BLOCK_N)
     whole = end
     if F.split:
-        whole = first_full_query(begin, end, last_column, masks, F, BLOCK_M)
+        whole = first_full_query(begin, end, last_column, shape, F, BLOCK_M)
     for member in tl.range(0, shape.group):
         h = (key_head * shape.group + member).to(tl.int64)
         if F.has_lower or F.has_upper or not F.split:

@@ -55,15 +55,15 @@ _HALF_PLAIN = {
     "weights": {128: Tile(64, 64, 8), 256: Tile(64, 32, 8)},
 }
 _HALF_HEAVY = {
-    "forward": {128: Tile(64, 32, 8), 256: Tile(64, 32, 8)},
+    "forward": {128: Tile(64, 32, 8), 256: Tile(64, 32, 8, 2, 255)},
     "dquery": {128: Tile(64, 32, 8), 256: Tile(64, 16, 8)},
-    "dkey_dvalue": {128: Tile(16, 64, 8), 256: Tile(16, 32, 8, 1)},
+    "dkey_dvalue": {128: Tile(16, 64, 8, 2, 255), 256: Tile(16, 32, 8, 2, 255)},
     "dmask": {128: Tile(64, 16, 8, 1, 255), 256: Tile(16, 64, 8, 1, 255)},
     "weights": {128: Tile(64, 32, 8), 256: Tile(64, 16, 8)},
 }
 # Without tensor cores (IEEE float32) the operands of a product live in registers: small tiles, and small pieces.
 _FLOAT32 = {64: Tile(32, 32, 8, 2, 255), 128: Tile(16, 32, 8, 2, 255), 256: Tile(16, 16, 8, 1, 255)}
-_FLOAT32_DMASK = {128: Tile(16, 32, 8, 2, 255), 256: Tile(16, 16, 8, 1, 255)}
+_FLOAT32_HEAVY = {128: Tile(16, 32, 8, 2, 255), 256: Tile(16, 16, 8, 1, 255)}
 _FLOAT32_PIECE = 32
 _DELTA = Tile(64, 16, 4, 1)
 
@@ -75,7 +75,7 @@ def tile(kernel: str, dtype: torch.dtype, head_dim: int, *, heavy: bool = False)
     if kernel == "delta":
         return _DELTA
     if dtype == torch.float32:
-        choices = _FLOAT32_DMASK if kernel == "dmask" else _FLOAT32
+        choices = _FLOAT32_HEAVY if heavy and kernel in ("dkey_dvalue", "dmask") else _FLOAT32
     else:
         choices = (_HALF_HEAVY if heavy else _HALF_PLAIN)[kernel]
     return next(choice for largest, choice in choices.items() if block_d(head_dim) <= largest)

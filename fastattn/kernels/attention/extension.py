@@ -30,28 +30,22 @@ def use_instruction_set(name: str) -> None:
         raise ValueError(f"instruction set: got {name!r}, this processor has {', '.join(instruction_sets())}")
 
 
+# What the operators of ``op`` call. The extension takes the arguments that all of them share as one tuple, in the order
+# of ``op``; on the CPU it reads the seed without a synchronisation.
 _NO_WEIGHTS, _MEAN, _PER_HEAD = 0, 1, 2
 
 
-def _seed(problem: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The problem arguments with the seed tensor as a number: on the CPU reading it costs no synchronisation."""
-    attn_mask, key_padding_mask, seed, *numbers = problem
-    return attn_mask, key_padding_mask, 0 if seed is None else int(seed), *numbers
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, *problem: Any) -> tuple[Tensor, Tensor]:
-    out, logsumexp, _ = _extension.attention_forward(query, key, value, *_seed(problem), _NO_WEIGHTS)
+def attention(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *problem: Any) -> tuple[Tensor, Tensor]:
+    out, logsumexp, _ = _extension.attention_forward(query, key, value, sinks, problem, _NO_WEIGHTS)
     return out, logsumexp
 
 
 def attention_with_weights(
-    query: Tensor, key: Tensor, value: Tensor, *rest: Any
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *problem, average = rest
     mode = _MEAN if average else _PER_HEAD
-    result: tuple[Tensor, Tensor, Tensor] = _extension.attention_forward(
-        query, key, value, *_seed(tuple(problem)), mode
-    )
+    result: tuple[Tensor, Tensor, Tensor] = _extension.attention_forward(query, key, value, sinks, problem, mode)
     return result
 
 
@@ -61,15 +55,14 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     *problem, attn_mask_grad, padding_grad = rest
     result: tuple[Tensor, Tensor, Tensor, list[Tensor]] = _extension.attention_backward(
-        grad_out, grad_logsumexp, query, key, value, out, logsumexp, *_seed(tuple(problem)), attn_mask_grad,
-        padding_grad,
-    )  # fmt: skip
+        grad_out, grad_logsumexp, query, key, value, out, logsumexp, problem, attn_mask_grad, padding_grad
+    )
     return result
 
 
 def attention_weights(query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any) -> Tensor:
     *problem, average = rest
-    result: Tensor = _extension.attention_weights(query, key, logsumexp, *_seed(tuple(problem)), average)
+    result: Tensor = _extension.attention_weights(query, key, logsumexp, problem, average)
     return result
 
 
@@ -78,6 +71,6 @@ def attention_weights_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     *problem, average, attn_mask_grad, padding_grad = rest
     result: tuple[Tensor, Tensor, Tensor, list[Tensor]] = _extension.attention_weights_backward(
-        grad_weights, query, key, logsumexp, *_seed(tuple(problem)), average, attn_mask_grad, padding_grad
+        grad_weights, query, key, logsumexp, problem, average, attn_mask_grad, padding_grad
     )
     return result

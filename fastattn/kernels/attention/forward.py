@@ -2,6 +2,7 @@
 
 One program owns BLOCK_M queries of one head and walks over the keys they can see:
 
+    m = sink, l = 1, or m = -inf, l = 0 without one
     m' = max(m, max_j S_ij),   a = exp(m - m'),   P_ij = exp(S_ij - m')
     l  = a l + sum_j P_ij,     O_i = a O_i + sum_j keep_ij P_ij v_j
     at the end   O_i / (l (1 - dropout_p)),   LSE_i = m + log l
@@ -10,9 +11,10 @@ One program owns BLOCK_M queries of one head and walks over the keys they can se
 import triton
 import triton.language as tl
 
+from fastattn.kernels.attention.arguments import Rows
 from fastattn.kernels.attention.primitives import (
     LN2,
-    Rows,
+    LOG2E,
     dropout_keep,
     exponential,
     key_range,
@@ -35,7 +37,7 @@ def _walk_keys(
         key_rows = Rows(key, b, h // shape.group, first_column, shape.columns)
         keys = load_rows(key_rows, DIM, BLOCK_N, BLOCK_D)  # [BN, BD]
         product = product_tile(queries, query_rows, keys, key_rows, F, DIM, BLOCK_M, BLOCK_N)  # [BM, BN]
-        score = score_tile(
+        score, _ = score_tile(
             product, b, h, first_row, first_column, scale, masks, shape, F, EDGE, BLOCK_M, BLOCK_N, False
         )
         new_maximum = tl.maximum(maximum, tl.max(score, 1))
@@ -55,9 +57,9 @@ def _walk_keys(
     return output, total, maximum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("shape",))
 def attention_forward(
-    query, key, value, out, logsumexp, scale, masks, dropout, shape,
+    query, key, value, sinks, out, logsumexp, scale, masks, dropout, shape,
     F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """query (B, H, L, D), key and value (B, H / group, S, D) -> out (B, H, L, D), logsumexp (2, B, H, L) float32."""
@@ -75,12 +77,17 @@ def attention_forward(
     output = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if sinks is not None:
+        # A sink is a key of value 0 that every row has seen before the first tile.
+        sink = tl.load(sinks + h).to(tl.float32)
+        total += 1.0
+        maximum = tl.zeros([BLOCK_M], tl.float32) + (sink if F.natural else sink * LOG2E)
 
     last_row = tl.minimum(first_row + BLOCK_M, shape.rows) - 1
-    begin, end = key_range(batch, first_row, last_row, masks, shape, F, BLOCK_N)
+    begin, end = key_range(batch, first_row, last_row, masks, shape, F, BLOCK_M, BLOCK_N)
     edge = begin
     if F.split:
-        edge = last_full_key(begin, end, first_row, masks, F, BLOCK_N)
+        edge = last_full_key(begin, end, first_row, shape, F, BLOCK_N)
         output, total, maximum = _walk_keys(
             output, total, maximum, queries, query_rows, begin, edge, b, h, first_row, key, value, scale,
             masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M, BLOCK_N,

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.kernels.attention import config, shapes
+from fastattn.kernels.attention import arguments, config, shapes
 from fastattn.philox import keep_threshold
 
 try:
     import triton
     from triton.runtime.interpreter import InterpretedFunction
 
-    from fastattn.kernels.attention import backward, forward, mask_gradient, padding, primitives, weights
+    from fastattn.kernels.attention import backward, forward, mask_gradient, padding, segments, weights
 except ImportError as error:
     _MISSING: str | None = f"triton cannot be imported ({error}); run: pip install 'triton>=3.6,<3.10'"
     INTERPRETED = False
@@ -29,7 +29,7 @@ else:
 # without being asked for: a path that never ran on a real device is not a default.
 VERIFIED: frozenset[tuple[tuple[int, int], str]] = frozenset()
 _LOG2E = math.log2(math.e)
-_BOUNDS_BLOCK = 1024
+_BOUNDS_BLOCK, _SEGMENT_BLOCK = 1024, 128
 # The kernels' offsets inside a tile are 32-bit: at most 256 rows of this many elements each.
 _MAX_STRIDE = 2**31 // 256 - 1
 
@@ -64,7 +64,8 @@ class _Problem:
 
     def __init__(
         self, query: Tensor, key: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None,
-        seed: Tensor | None, dropout_p: float, scale: float, lower: int | None, upper: int | None,
+        alibi_slopes: Tensor | None, segment_query: Tensor | None, segment_key: Tensor | None, seed: Tensor | None,
+        dropout_p: float, scale: float, softcap: float, shift: int, lower: int | None, upper: int | None,
     ) -> None:  # fmt: skip
         self.batch, self.heads, self.rows, self.head_dim = query.shape
         self.key_heads, self.columns = key.shape[1], key.shape[2]
@@ -72,19 +73,28 @@ class _Problem:
         if self.empty:
             return
         self.dtype, self.device, self.dropout = query.dtype, query.device, dropout_p > 0.0
-        masked = attn_mask is not None or key_padding_mask is not None
-        self.heavy = masked or self.dropout or lower is not None
+        masked = attn_mask is not None or key_padding_mask is not None or segment_query is not None
+        bent = softcap > 0.0 or alibi_slopes is not None
+        self.heavy = masked or bent or self.dropout or lower is not None
         natural = any(mask is not None and mask.dtype != torch.bool for mask in (attn_mask, key_padding_mask))
         self.scale = scale
-        self.score_scale = scale if natural else scale * _LOG2E
+        unit = 1.0 if natural else _LOG2E
+        self.score_scale = scale / softcap if softcap > 0.0 else scale * unit
         exact = self.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
         keep_scale = 1.0 if not self.dropout else 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-        self.dropout_arguments = primitives.Dropout(
+        self.dropout_arguments = arguments.Dropout(
             seed if self.dropout else None, keep_threshold(dropout_p), keep_scale
         )
-        self.shape = primitives.Shape(self.batch, self.heads, self.heads // self.key_heads, self.rows, self.columns)
-        self.masks = _masks(attn_mask, key_padding_mask, lower, upper)
-        self.features = primitives.Features(
+        self.shape = arguments.Shape(
+            self.batch, self.heads, self.heads // self.key_heads, self.rows, self.columns,
+            0 if lower is None else lower, 0 if upper is None else upper, shift,
+        )  # fmt: skip
+        slopes = (None, 0) if alibi_slopes is None else (alibi_slopes, _batch_stride(alibi_slopes))
+        self.masks = arguments.Masks._make(
+            (*_mask(attn_mask), *_padding(key_padding_mask), *slopes, *_segments(segment_query, segment_key),
+             softcap * unit)
+        )  # fmt: skip
+        self.features = arguments.Features(
             mask_bool=attn_mask is not None and attn_mask.dtype == torch.bool,
             mask_rows=attn_mask is not None and attn_mask.shape[2] != 1,
             mask_columns=attn_mask is not None and attn_mask.shape[3] != 1,
@@ -92,6 +102,7 @@ class _Problem:
             has_lower=lower is not None,
             has_upper=upper is not None,
             natural=natural,
+            softcap=softcap > 0.0,
             split=config.split_loops(self.head_dim, heavy=self.heavy),
             piece=config.product_piece(self.dtype, self.head_dim),
             precision="ieee" if exact else "tf32",
@@ -108,18 +119,19 @@ class _Problem:
             )  # fmt: skip
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *problem: Any) -> tuple[Tensor, Tensor]:
+def attention(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *problem: Any) -> tuple[Tensor, Tensor]:
     """See ``op``."""
     out, logsumexp = shapes.empty_output(query, value), shapes.empty_logsumexp(query)
     shared = _Problem(query, key, *problem)
     if shared.empty:
-        logsumexp[0], logsumexp[1] = float("-inf"), 0.0
+        logsumexp[0] = float("-inf") if sinks is None else sinks.float()[:, None]
+        logsumexp[1] = 0.0
         return out.zero_(), logsumexp
     shared.launch(
         "forward",
         forward.attention_forward,
         lambda tile: triton.cdiv(shared.rows, tile.block_m) * shared.batch * shared.heads,
-        query=_heads(query), key=_heads(key), value=_heads(value), out=_heads(out), logsumexp=logsumexp,
+        query=_heads(query), key=_heads(key), value=_heads(value), sinks=sinks, out=_heads(out), logsumexp=logsumexp,
         scale=shared.score_scale, dropout=shared.dropout_arguments,
     )  # fmt: skip
     return out, logsumexp
@@ -149,10 +161,12 @@ def attention_weights(query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any)
     return result
 
 
-def attention_with_weights(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def attention_with_weights(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """See ``op``."""
     *problem, average = rest
-    out, logsumexp = attention(query, key, value, *problem)
+    out, logsumexp = attention(query, key, value, sinks, *problem)
     return out, logsumexp, attention_weights(query, key, logsumexp, *problem, average)
 
 
@@ -170,9 +184,9 @@ def attention_backward(
     dout = _heads(torch.zeros_like(out) if grad_out is None else grad_out.to(out.dtype))
     delta = query.new_empty(query.shape[:3], dtype=torch.float32)
     tile = config.tile("delta", shared.dtype, shared.head_dim)
-    dlogsumexp = primitives.Heads(None, 0, 0, 0)
+    dlogsumexp = arguments.Heads(None, 0, 0, 0)
     if grad_logsumexp is not None:
-        dlogsumexp = primitives.Heads(grad_logsumexp, *grad_logsumexp.stride()[1:])
+        dlogsumexp = arguments.Heads(grad_logsumexp, *grad_logsumexp.stride()[1:])
     with _on(shared.device):
         backward.attention_delta[(triton.cdiv(shared.rows, tile.block_m) * shared.batch * shared.heads,)](
             _heads(out), dout, dlogsumexp, delta, shared.shape, DIM=shared.head_dim,
@@ -204,7 +218,7 @@ def attention_weights_backward(
     common = {
         "query": _heads(query), "key": _heads(key), "value": _heads(None), "dout": _heads(None),
         "dweights": _weights(grad_weights), "logsumexp": logsumexp.contiguous(), "delta": None,
-        "dropout": primitives.Dropout(seed, threshold, keep_scale / (shared.heads if average else 1)),
+        "dropout": arguments.Dropout(seed, threshold, keep_scale / (shared.heads if average else 1)),
     }  # fmt: skip
     _launch_gradients(shared, common, dquery, dlogsumexp, dkey, None, masks)
     return dquery, dkey, dlogsumexp, masks
@@ -247,30 +261,49 @@ def _launch_mask_gradient(shared: _Problem, common: dict[str, Any], grad: Tensor
     )  # fmt: skip
 
 
-def _masks(
-    attn_mask: Tensor | None, key_padding_mask: Tensor | None, lower: int | None, upper: int | None
-) -> primitives.Masks:
-    strides: Sequence[int] = (0, 0, 0, 0)
-    if attn_mask is not None:
-        if max(attn_mask.stride()[2:]) > _MAX_STRIDE:
-            attn_mask = attn_mask.contiguous()
-        strides = tuple(
-            0 if size == 1 else stride for size, stride in zip(attn_mask.shape, attn_mask.stride(), strict=True)
-        )
-    start = end = None
-    padding_strides: Sequence[int] = (0, 0)
-    if key_padding_mask is not None:
-        padding_strides = key_padding_mask.stride()
-        start, end = (key_padding_mask.new_empty(key_padding_mask.shape[0], dtype=torch.int32) for _ in range(2))
-        with _on(key_padding_mask.device):
-            padding.key_bounds[(key_padding_mask.shape[0],)](
-                _bytes(key_padding_mask), start, end, *padding_strides, key_padding_mask.shape[1],
-                PADDING_BOOL=key_padding_mask.dtype == torch.bool, BLOCK_N=_BOUNDS_BLOCK,
-            )  # fmt: skip
-    mask = (_bytes(attn_mask), *strides)
-    padded = (_bytes(key_padding_mask), *padding_strides, start, end)
-    band = (0 if lower is None else lower, 0 if upper is None else upper)
-    return primitives.Masks._make((*mask, *padded, *band))
+def _mask(attn_mask: Tensor | None) -> tuple[Any, ...]:
+    """Pointer and strides, 0 where the mask is broadcast."""
+    if attn_mask is None:
+        return None, 0, 0, 0, 0
+    if max(attn_mask.stride()[2:]) > _MAX_STRIDE:
+        attn_mask = attn_mask.contiguous()
+    strides = (0 if size == 1 else stride for size, stride in zip(attn_mask.shape, attn_mask.stride(), strict=True))
+    return _bytes(attn_mask), *strides
+
+
+def _padding(mask: Tensor | None) -> tuple[Any, ...]:
+    """Pointer, strides, and the first and one past the last key (B) that is not padding."""
+    if mask is None:
+        return None, 0, 0, None, None
+    start, end = (mask.new_empty(mask.shape[0], dtype=torch.int32) for _ in range(2))
+    with _on(mask.device):
+        padding.key_bounds[(mask.shape[0],)](
+            _bytes(mask), start, end, *mask.stride(), mask.shape[1], PADDING_BOOL=mask.dtype == torch.bool,
+            BLOCK_N=_BOUNDS_BLOCK,
+        )  # fmt: skip
+    return _bytes(mask), *mask.stride(), start, end
+
+
+def _segments(query: Tensor | None, key: Tensor | None) -> tuple[Any, ...]:
+    """Both, and for each 16 of one side the stretch of the other side that holds their segments."""
+    if query is None or key is None:
+        return (None,) * 6
+    query, key = query.contiguous(), key.contiguous()
+    bounds: list[Tensor] = []
+    for own, other in ((query, key), (key, query)):
+        (batch, length), blocks = own.shape, triton.cdiv(own.shape[1], 16)
+        start, end = (own.new_empty(batch, blocks, dtype=torch.int32) for _ in range(2))
+        with _on(own.device):
+            segments.segment_bounds[(batch * blocks,)](
+                own, other, start, end, length, other.shape[1], BLOCK=_SEGMENT_BLOCK
+            )
+        bounds += [start, end]
+    return query, key, *bounds
+
+
+def _batch_stride(slopes: Tensor) -> int:
+    """Of slopes (B or 1, H), whose heads are neighbours."""
+    return 0 if slopes.shape[0] == 1 else slopes.stride(0)
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
@@ -278,22 +311,22 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
     return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
 
 
-def _heads(tensor: Tensor | None) -> primitives.Heads:
+def _heads(tensor: Tensor | None) -> arguments.Heads:
     """A (B, H, L, D) tensor for a kernel; copied first if its last dimension is not contiguous."""
     if tensor is None:
-        return primitives.Heads(None, 0, 0, 0)
+        return arguments.Heads(None, 0, 0, 0)
     if (tensor.stride(-1) != 1 and tensor.shape[-1] != 1) or tensor.stride(2) > _MAX_STRIDE:
         tensor = tensor.contiguous()
-    return primitives.Heads(tensor, *tensor.stride()[:3])
+    return arguments.Heads(tensor, *tensor.stride()[:3])
 
 
-def _weights(tensor: Tensor | None) -> primitives.Weights:
+def _weights(tensor: Tensor | None) -> arguments.Weights:
     """A (B, H, L, S) tensor of any strides for a kernel."""
     if tensor is None:
-        return primitives.Weights(None, 0, 0, 0, 0)
+        return arguments.Weights(None, 0, 0, 0, 0)
     if max(tensor.stride()[2:]) > _MAX_STRIDE:
         tensor = tensor.contiguous()
-    return primitives.Weights(tensor, *tensor.stride())
+    return arguments.Weights(tensor, *tensor.stride())
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

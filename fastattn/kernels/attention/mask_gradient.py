@@ -9,10 +9,11 @@ column, every tile of rows or columns that shares it. Storing dS instead would m
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention.primitives import Rows, dscore_tile, load_pivot, load_rows, product_tile, score_tile
+from fastattn.kernels.attention.arguments import Rows
+from fastattn.kernels.attention.primitives import dscore_tile, load_pivot, load_rows, product_tile, score_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("shape",))
 def attention_dmask(
     query, key, value, dout, dweights, logsumexp, delta, dmask, dmask_batches, dmask_heads, scale, masks,
     dropout, shape, GRAD_ROWS: tl.constexpr, GRAD_COLUMNS: tl.constexpr, F: tl.constexpr, DIM: tl.constexpr,
@@ -61,7 +62,7 @@ def attention_dmask(
                         value_rows = Rows(value, b, h // shape.group, first_column, shape.columns)
                         values = load_rows(value_rows, DIM, BLOCK_N, BLOCK_D)
                         dproduct = product_tile(douts, dout_rows, values, value_rows, F, DIM, BLOCK_M, BLOCK_N)
-                    score = score_tile(
+                    score, _ = score_tile(
                         product, b, h, first_row, first_column, scale, masks, shape, F, True, BLOCK_M, BLOCK_N, False
                     )
                     dscore, _ = dscore_tile(

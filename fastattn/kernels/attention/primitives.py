@@ -7,9 +7,6 @@ Addresses are a 64-bit start of the tile plus 32-bit offsets inside it: one (bat
 elements, and 32-bit offsets cost half the registers. ``launch`` copies a tensor whose strides are too large for that.
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -17,96 +14,21 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-class Heads(NamedTuple):
-    """A (B, H, L, D) tensor: pointer and strides in elements; the last dimension is contiguous."""
-
-    pointer: Any
-    batch: Any
-    head: Any
-    row: Any
-
-
-class Rows(NamedTuple):
-    """Rows from ``first`` on, of ``length`` in all, of one head of a ``Heads``."""
-
-    tensor: Any
-    batch: Any
-    head: Any
-    first: Any
-    length: Any
-
-
-class Weights(NamedTuple):
-    """A (B, H, L, S) tensor of any strides; pointer None where there is none."""
-
-    pointer: Any
-    batch: Any
-    head: Any
-    row: Any
-    column: Any
-
-
-class Shape(NamedTuple):
-    """Batches, query heads, query heads of one key head, queries L and keys S."""
-
-    batches: Any
-    heads: Any
-    group: Any
-    rows: Any
-    columns: Any
-
-
-class Masks(NamedTuple):
-    """A mask (B, H, L, S) with stride 0 where it broadcasts, a padding mask (B, S) with the (start, end) of its keys,
-    and the band lower <= column - row <= upper."""
-
-    mask: Any
-    mask_batch: Any
-    mask_head: Any
-    mask_row: Any
-    mask_column: Any
-    padding: Any
-    padding_batch: Any
-    padding_column: Any
-    start: Any
-    end: Any
-    lower: Any
-    upper: Any
-
-
-class Dropout(NamedTuple):
-    """Seed pointer (None: no dropout), the smallest 24-bit number kept, and 1 / (1 - dropout_p)."""
-
-    seed: Any
-    threshold: Any
-    keep_scale: Any
-
-
-@dataclass(frozen=True)
-class Features:
-    """What is compiled in.
-
-    ``natural``: scores in natural units, because a float mask needs them (see score_tile). ``split``: tiles that
-    nothing cuts run in a loop of their own without the comparisons; a second copy of a loop that also loads masks or
-    draws dropout costs more registers than the comparisons cost time. ``piece``: see product_tile.
-    """
-
-    mask_bool: bool
-    mask_rows: bool
-    mask_columns: bool
-    padding_bool: bool
-    has_lower: bool
-    has_upper: bool
-    natural: bool
-    split: bool
-    piece: int
-    precision: str
-
-
 @triton.jit
 def exponential(x, F: tl.constexpr):
     """e**x of natural scores, 2**x of scores in units of log 2: exp2 is one instruction, exp is exp2 and a product."""
     return tl.exp2(x * LOG2E) if F.natural else tl.exp2(x)
+
+
+@triton.jit
+def hyperbolic_tangent(x):
+    """tanh within a few roundings everywhere: near 0, where 1 - e**-2|x| cancels, its series (error 5e-8 at 0.3)."""
+    small = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    large = (1.0 - small) / (1.0 + small)
+    square = x * x
+    series = square * (-17.0 / 315.0 + square * (62.0 / 2835.0))
+    series = x + x * square * (-1.0 / 3.0 + square * (2.0 / 15.0) + square * series)
+    return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0.0, -large, large))
 
 
 @triton.jit
@@ -201,42 +123,58 @@ def tile_positions(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.
 
 
 @triton.jit
-def key_range(batch, first_row, last_row, masks, shape, F: tl.constexpr, BLOCK_N: tl.constexpr):
+def key_range(
+    batch, first_row, last_row, masks, shape, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """(begin, end) of the keys that queries first_row..last_row can see; begin is a multiple of BLOCK_N.
 
-    Padding gives the first and one past the last key that is not padding; the band cuts further.
+    Padding gives the first and one past the last key that is not padding, segments the same of their keys; the band
+    cuts further.
     """
     begin = 0
     end = shape.columns
     if masks.start is not None:
         begin = tl.load(masks.start + batch)
         end = tl.load(masks.end + batch)
+    if masks.segment_query is not None:
+        first, last = _of_blocks(masks.key_start, masks.key_end, batch, first_row, shape.rows, shape.columns, BLOCK_M)
+        begin = tl.maximum(begin, first)
+        end = tl.minimum(end, last)
     if F.has_lower:
-        begin = tl.maximum(begin, first_row + masks.lower)
+        begin = tl.maximum(begin, first_row + shape.lower)
     if F.has_upper:
-        end = tl.minimum(end, last_row + masks.upper + 1)
+        end = tl.minimum(end, last_row + shape.upper + 1)
     begin = tl.maximum(begin, 0) // BLOCK_N * BLOCK_N
     return begin, end
 
 
 @triton.jit
-def last_full_key(begin, end, first_row, masks, F: tl.constexpr, BLOCK_N: tl.constexpr):
+def last_full_key(begin, end, first_row, shape, F: tl.constexpr, BLOCK_N: tl.constexpr):
     """Where the tiles from ``begin`` stop being whole: the upper bound of the band or the end cuts the next one."""
     stop = end
     if F.has_upper:
-        stop = tl.minimum(stop, first_row + masks.upper + 1)
+        stop = tl.minimum(stop, first_row + shape.upper + 1)
     return tl.maximum(tl.maximum(stop, 0) // BLOCK_N * BLOCK_N, begin)
 
 
 @triton.jit
-def query_range(batch, first_column, last_column, masks, shape, F: tl.constexpr, BLOCK_M: tl.constexpr):
+def query_range(
+    batch, first_column, last_column, masks, shape, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """(begin, end) of the queries that see any of the keys first_column..last_column; begin a multiple of BLOCK_M."""
     begin = 0
     end = shape.rows
     if F.has_upper:
-        begin = tl.maximum(first_column - masks.upper, 0) // BLOCK_M * BLOCK_M
+        begin = tl.maximum(first_column - shape.upper, 0)
     if F.has_lower:
-        end = tl.minimum(end, last_column - masks.lower + 1)
+        end = tl.minimum(end, last_column - shape.lower + 1)
+    if masks.segment_query is not None:
+        first, last = _of_blocks(
+            masks.query_start, masks.query_end, batch, first_column, shape.columns, shape.rows, BLOCK_N
+        )
+        begin = tl.maximum(begin, first)
+        end = tl.minimum(end, last)
+    begin = begin // BLOCK_M * BLOCK_M
     if masks.start is not None:
         # Nobody sees a tile of nothing but padding.
         padded = (tl.load(masks.start + batch) > last_column) | (tl.load(masks.end + batch) <= first_column)
@@ -245,12 +183,43 @@ def query_range(batch, first_column, last_column, masks, shape, F: tl.constexpr,
 
 
 @triton.jit
-def first_full_query(begin, end, last_column, masks, F: tl.constexpr, BLOCK_M: tl.constexpr):
+def _of_blocks(starts, ends, batch, first, length, others, BLOCK: tl.constexpr):
+    """(start, end) over the blocks of 16 of the tile that starts at ``first``; bounds beyond ``length`` are empty."""
+    blocks = tl.cdiv(length, 16)
+    block = first // 16 + tl.arange(0, BLOCK // 16)
+    start = tl.load(starts + batch * blocks + block, mask=block < blocks, other=2147483647)
+    end = tl.load(ends + batch * blocks + block, mask=block < blocks, other=0)
+    return tl.minimum(tl.min(start, 0), others), tl.max(end, 0)
+
+
+@triton.jit
+def first_full_query(begin, end, last_column, shape, F: tl.constexpr, BLOCK_M: tl.constexpr):
     """Where the tiles from ``begin`` start being whole: the upper bound of the band cuts those before."""
     start = begin
     if F.has_upper:
-        start = tl.maximum(last_column - masks.upper + BLOCK_M - 1, 0) // BLOCK_M * BLOCK_M
+        start = tl.maximum(last_column - shape.upper + BLOCK_M - 1, 0) // BLOCK_M * BLOCK_M
     return tl.minimum(tl.maximum(start, begin), tl.maximum(end, begin))
+
+
+@triton.jit
+def capped(score, cap, F: tl.constexpr):
+    """(cap * tanh(score), its slope) of scores that are divided by the cap, or what was given where there is no cap."""
+    slope = score
+    if F.softcap:
+        tangent = hyperbolic_tangent(score)
+        slope = 1.0 - tangent * tangent
+        score = tangent * cap
+    return score, slope
+
+
+@triton.jit
+def within_band(score, distance, lower, upper, F: tl.constexpr):
+    """-inf where not lower <= distance <= upper; distance is that of the key from the query."""
+    if F.has_lower:
+        score = tl.where(distance >= lower, score, float("-inf"))
+    if F.has_upper:
+        score = tl.where(distance <= upper, score, float("-inf"))
+    return score
 
 
 @triton.jit
@@ -258,17 +227,18 @@ def score_tile(
     product, b, h, first_row, first_column, scale, masks, shape, F: tl.constexpr, EDGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile from its products <q, k>: scale, additive masks, -inf where the entry takes no part.
+    """(scores, slope) of a tile from its products <q, k>: scale, cap, masks, -inf where the entry takes no part.
 
-    ``scale`` carries log2(e) unless natural. A float mask needs natural units: the lowest float times log2(e) would
-    become -inf and turn "very unlikely" into "masked".
+    The slope is the derivative of the capped score by the score; without a cap it is 1 and must not be used.
+    ``scale`` carries log2(e) unless natural; with a cap, ``cap`` carries it, and scale is divided by the cap. A float
+    mask needs natural units: the lowest float times log2(e) would become -inf and turn "very unlikely" into "masked".
 
     EDGE: the tile may cross the band or the last key. Rows past the end need no mask here: they are not stored, and
     the gradients load their logsumexp as -inf.
     """
     row, column = tile_positions(BLOCK_M, BLOCK_N, TRANSPOSED)
     inside_column = first_column + column < shape.columns
-    score = product * scale
+    score, slope = capped(product * scale, masks.cap, F)
     if masks.mask is not None:
         start = masks.mask + b * masks.mask_batch + h * masks.mask_head
         offset = tl.zeros([1, 1], tl.int32)
@@ -287,14 +257,22 @@ def score_tile(
         start = masks.padding + b * masks.padding_batch + tl.cast(first_column, tl.int64) * masks.padding_column
         value = tl.load(start + column * masks.padding_column, mask=inside_column, other=0)
         score = tl.where(value != 0, score, float("-inf")) if F.padding_bool else score + value.to(tl.float32)
+    if masks.slopes is not None:
+        steepness = tl.load(masks.slopes + b * masks.slopes_batch + h)
+        if not F.natural:
+            steepness *= LOG2E
+        distance = (row + first_row + shape.shift) - (column + first_column)
+        score -= steepness * tl.abs(distance).to(tl.float32)
+    if masks.segment_query is not None:
+        inside_row = first_row + row < shape.rows
+        of_query = tl.load(masks.segment_query + b * shape.rows + first_row + row, mask=inside_row, other=0)
+        of_key = tl.load(masks.segment_key + b * shape.columns + first_column + column, mask=inside_column, other=0)
+        score = tl.where(of_query == of_key, score, float("-inf"))
     if EDGE:
         score = tl.where(inside_column, score, float("-inf"))
-        distance = column - row
-        if F.has_lower:
-            score = tl.where(distance >= masks.lower + (first_row - first_column), score, float("-inf"))
-        if F.has_upper:
-            score = tl.where(distance <= masks.upper + (first_row - first_column), score, float("-inf"))
-    return score
+        offset = first_row - first_column
+        score = within_band(score, column - row, shape.lower + offset, shape.upper + offset, F)
+    return score, slope
 
 
 @triton.jit

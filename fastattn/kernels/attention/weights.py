@@ -6,8 +6,8 @@
 import triton
 import triton.language as tl
 
+from fastattn.kernels.attention.arguments import Rows
 from fastattn.kernels.attention.primitives import (
-    Rows,
     dropout_keep,
     key_range,
     load_pivot,
@@ -18,7 +18,7 @@ from fastattn.kernels.attention.primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("shape",))
 def attention_weights(
     query, key, logsumexp, weights, averaged, scale, masks, dropout, shape,
     F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -40,7 +40,7 @@ def attention_weights(
     inside_columns = column < shape.columns
 
     last_row = tl.minimum(first_row + BLOCK_M, shape.rows) - 1
-    begin, end = key_range(batch, first_row, last_row, masks, shape, F, BLOCK_N)
+    begin, end = key_range(batch, first_row, last_row, masks, shape, F, BLOCK_M, BLOCK_N)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # A tile none of whose keys takes part writes its zeros without a product.
     last_head = tl.where((first_column >= begin) & (first_column < end), first_head + averaged, first_head)
@@ -52,7 +52,7 @@ def attention_weights(
         keys = load_rows(key_rows, DIM, BLOCK_N, BLOCK_D)
         pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
         product = product_tile(queries, query_rows, keys, key_rows, F, DIM, BLOCK_M, BLOCK_N)
-        score = score_tile(
+        score, _ = score_tile(
             product, b, h, first_row, first_column, scale, masks, shape, F, True, BLOCK_M, BLOCK_N, False
         )
         weight = probability_tile(score, pivot[:, None], rest[:, None], F)

@@ -1,0 +1,112 @@
+"""What the attention kernels are given: tensors with their strides, sizes, masks, and the features compiled in.
+
+A feature whose pointer is None is absent from the compiled kernel.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class Heads(NamedTuple):
+    """A (B, H, L, D) tensor: pointer and strides in elements; the last dimension is contiguous."""
+
+    pointer: Any
+    batch: Any
+    head: Any
+    row: Any
+
+
+class Rows(NamedTuple):
+    """Rows from ``first`` on, of ``length`` in all, of one head of a ``Heads``."""
+
+    tensor: Any
+    batch: Any
+    head: Any
+    first: Any
+    length: Any
+
+
+class Weights(NamedTuple):
+    """A (B, H, L, S) tensor of any strides; pointer None where there is none."""
+
+    pointer: Any
+    batch: Any
+    head: Any
+    row: Any
+    column: Any
+
+
+class Shape(NamedTuple):
+    """Batches, query heads, query heads of one key head, queries L and keys S; entry (row, column) may take part where
+    lower <= column - row <= upper; query 0 stands at position ``shift`` among the keys.
+
+    The kernels are not specialised on these numbers: other lengths and windows compile nothing.
+    """
+
+    batches: Any
+    heads: Any
+    group: Any
+    rows: Any
+    columns: Any
+    lower: Any
+    upper: Any
+    shift: Any
+
+
+class Masks(NamedTuple):
+    """What is added to the scores or masks them.
+
+    A mask (B, H, L, S) with stride 0 where it broadcasts; a padding mask (B, S) with the (start, end) of its keys;
+    ALiBi slopes (B, H); segments of queries (B, L) and keys (B, S), contiguous, with the (start, end) of the keys that
+    belong to any of 16 queries (B, L / 16), and the other way round; ``cap`` of the capped scores.
+    """
+
+    mask: Any
+    mask_batch: Any
+    mask_head: Any
+    mask_row: Any
+    mask_column: Any
+    padding: Any
+    padding_batch: Any
+    padding_column: Any
+    start: Any
+    end: Any
+    slopes: Any
+    slopes_batch: Any
+    segment_query: Any
+    segment_key: Any
+    key_start: Any
+    key_end: Any
+    query_start: Any
+    query_end: Any
+    cap: Any
+
+
+class Dropout(NamedTuple):
+    """Seed pointer (None: no dropout), the smallest 24-bit number kept, and 1 / (1 - dropout_p)."""
+
+    seed: Any
+    threshold: Any
+    keep_scale: Any
+
+
+@dataclass(frozen=True)
+class Features:
+    """What is compiled in.
+
+    ``natural``: scores in natural units, because a float mask needs them (see score_tile). ``split``: tiles that
+    nothing cuts run in a loop of their own without the comparisons; a second copy of a loop that also loads masks or
+    draws dropout costs more registers than the comparisons cost time. ``piece``: see product_tile.
+    """
+
+    mask_bool: bool
+    mask_rows: bool
+    mask_columns: bool
+    padding_bool: bool
+    has_lower: bool
+    has_upper: bool
+    natural: bool
+    softcap: bool
+    split: bool
+    piece: int
+    precision: str
