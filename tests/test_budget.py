@@ -36,7 +36,5 @@ def test_half_precision_uses_tensor_cores() -> None:
                 assert row.tensor_core > 0, row
 
 
-def test_causal_calls_spill_nothing() -> None:
-    rows = [row for row in budget.read_table() if row.feature == "causal" and row.dtype == "bfloat16"]
-    assert rows
-    assert all(row.spills == 0 for row in rows if row.head_dim <= 128)
+def test_nothing_spills() -> None:
+    assert [(row.key, row.spills) for row in budget.read_table() if row.spills] == []

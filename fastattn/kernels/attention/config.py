@@ -59,7 +59,7 @@ _HALF_HEAVY = {
     "dquery": {128: Tile(64, 32, 8), 256: Tile(64, 16, 8)},
     "dkey_dvalue": {128: Tile(16, 64, 8, 2, 255), 256: Tile(16, 32, 8, 2, 255)},
     "dmask": {128: Tile(64, 16, 8, 1, 255), 256: Tile(16, 64, 8, 1, 255)},
-    "weights": {128: Tile(64, 32, 8), 256: Tile(64, 16, 8)},
+    "weights": {128: Tile(64, 32, 8, 2, 255), 256: Tile(64, 16, 8)},
 }
 # Without tensor cores (IEEE float32) the operands of a product live in registers: small tiles, and small pieces.
 _FLOAT32 = {64: Tile(32, 32, 8, 2, 255), 128: Tile(16, 32, 8, 2, 255), 256: Tile(16, 16, 8, 1, 255)}
