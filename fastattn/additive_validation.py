@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.validation import FLOATING
+from fastattn.validation import FLOATING, autocast_enabled
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> None:
@@ -90,9 +90,9 @@ def check_tensor(name: str, tensor: Any, ranks: tuple[int, ...], *, mask: bool =
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype autocast brings tensors of this device to; None where it is off. The meta device has none."""
+    """The dtype autocast brings tensors of this device to; None where it is off."""
     device_type = tensor.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 

@@ -183,9 +183,7 @@ def _prepare(
     if key_padding_mask is not None:
         validation.check_key_padding_mask(key_padding_mask, query, key)
     device_type = query.device.type
-    # The meta device has no autocast, and asking for its state is an error.
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    if autocast and query.dtype != torch.float64:
+    if validation.autocast_enabled(device_type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if is_causal:

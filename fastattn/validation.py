@@ -11,6 +11,15 @@ from torch import Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for that device.
+
+    The meta device has none, and asking for its state is an error. torch.amp.is_autocast_available would say so, and
+    breaks the graph under torch.compile in torch 2.11.
+    """
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Types, dtypes, devices and ranks of the three inputs of attention."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):

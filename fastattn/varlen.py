@@ -91,7 +91,7 @@ def varlen_attention(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In the dtype of autocast, where it is on: what the operator returns must not depend on the state inside it."""
     device_type, dtype = tensors[0].device.type, tensors[0].dtype
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not validation.autocast_enabled(device_type):
         return tensors
     target = dtype if dtype == torch.float64 else torch.get_autocast_dtype(device_type)
     return tuple(tensor.to(target) for tensor in tensors)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastattn.validation import autocast_enabled
+
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raises AttributeError, torch's for an input that is no tensor."""
@@ -77,7 +79,7 @@ def check_dtypes(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> N
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.device != weight.device:
             raise RuntimeError(f"{name}: got device {tensor.device}, expected the parameters' {weight.device}")
-        if tensor.dtype != weight.dtype and not _autocast(tensor.device.type):
+        if tensor.dtype != weight.dtype and not autocast_enabled(tensor.device.type):
             raise RuntimeError(f"{name}: got dtype {tensor.dtype}, expected the parameters' {weight.dtype}")
 
 
@@ -118,8 +120,3 @@ def check_lengths(
             f"attn_mask: got shape {tuple(attn_mask.shape)}, expected (query length, key length) = {(rows, columns)} "
             f"or (batch * num_heads, query length, key length) = {(batch * heads, rows, columns)}"
         )
-
-
-def _autocast(device_type: str) -> bool:
-    """Whether autocast is on; the meta device has none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
