@@ -40,7 +40,7 @@ class Request:
     sinks: bool = False
     segments: bool = False
     compiling: bool = False
-    tiny: bool = False  # overhead decides; never while compiling
+    tiny: bool = False  # a call's overhead or the packing of the keys decides; never while compiling
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,9 @@ MAX_HEAD_DIM = 256
 # Multiplications of Q K^T up to which torch's function, an operator in C++, returns before ours has been reached
 # through Python: it took 0.4 to 0.9 of our time below, and 1.0 to 1.6 above (AMD EPYC, two cores).
 TINY = 1 << 22
+# Queries up to which packing the keys does not pay: torch's function took 0.2 to 0.8 of our time for 1 to 64 queries,
+# 1024 to 4096 keys, and 1.0 for 128 and 128.
+FEW_QUERIES = 127
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # A plain global: torch.compile guards on it, and recompiles when it changes; it cannot trace a ContextVar.
 _forced: Backend | None = None
