@@ -12,6 +12,7 @@ tensor-core instructions are counted in the PTX (mma, wgmma, tcgen05).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import itertools
 import os
@@ -20,7 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -101,16 +102,33 @@ def cases() -> list[Case]:
     return [Case(arch, dtype, head_dim, feature) for dtype, head_dim, feature, arch in every]
 
 
-def compile_case(case: Case) -> list[Row]:
-    """Compile every kernel that this call, its gradient and its weights use."""
+def compile_case(case: Case, call: Callable[[Any, Case], None] | None = None) -> list[Row]:
+    """Compile every kernel that ``call``, given torch and the case, launches; by default all of attention."""
+    with recording(case.arch) as compiled:
+        import torch
+
+        (call or _call)(torch, case)
+    rows = []
+    for name, arguments, kernel in compiled:
+        if name not in ("key_bounds", "segment_bounds"):
+            dweights = arguments.get("dweights")
+            of_weights = isinstance(dweights, tuple) and dweights.pointer is not None
+            rows.append(_row(case, name + (" of weights" if of_weights else ""), kernel))
+    return rows
+
+
+@contextlib.contextmanager
+def recording(arch: int) -> Iterator[list[tuple[str, dict[str, Any], Any]]]:
+    """In the block kernels are compiled for ``arch``, not launched; the list gets name, arguments, kernel of each.
+
+    Triton reads TRITON_INTERPRET when it is imported: use this in a process that has not imported it with that set.
+    """
     os.environ.pop("TRITON_INTERPRET", None)
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
     from triton.runtime.jit import JITFunction
-
-    from fastattn.kernels.attention import launch
 
     class Compiler(DriverBase):
         """A driver that knows its target and has no device."""
@@ -123,7 +141,7 @@ def compile_case(case: Case) -> list[Row]:
             return True
 
         def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", case.arch, 32)
+            return GPUTarget("cuda", arch, 32)
 
         def get_active_torch_device(self) -> torch.device:
             return torch.device("meta")
@@ -135,31 +153,31 @@ def compile_case(case: Case) -> list[Row]:
             return ty
 
         def get_current_device(self) -> int:
-            return case.arch  # compiled kernels are kept per device: one for each architecture
+            return arch  # compiled kernels are kept per device: one for each architecture
 
         def get_current_stream(self, device: int) -> int:
             return 0
 
     triton.runtime.driver.set_active(Compiler())
-    compiled: list[Any] = []
+    compiled: list[tuple[str, dict[str, Any], Any]] = []
     run = JITFunction.run
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        of_weights = isinstance(kwargs.get("dweights"), tuple) and kwargs["dweights"].pointer is not None
-        compiled.append((self.__name__ + (" of weights" if of_weights else ""), kernel))
+        compiled.append((self.__name__, kwargs, kernel))
         return kernel
 
     JITFunction.run = record
     try:
-        _call(launch, torch, case)
+        yield compiled
     finally:
         JITFunction.run = run
-    return [_row(case, name, kernel) for name, kernel in compiled if name not in ("key_bounds", "segment_bounds")]
 
 
-def _call(launch: Any, torch: Any, case: Case) -> None:
+def _call(torch: Any, case: Case) -> None:
     """Attention, weights and both gradients on tensors without storage."""
+    from fastattn.kernels.attention import launch
+
     batch, heads, length = 2, 4, 1024
     dtype = getattr(torch, case.dtype)
 
@@ -186,7 +204,7 @@ def _call(launch: Any, torch: Any, case: Case) -> None:
 
 def _row(case: Case, name: str, kernel: Any) -> Row:
     metadata = kernel.metadata
-    assembled = _assemble(case.arch, kernel.asm["ptx"])
+    assembled = assemble(case.arch, kernel.asm["ptx"])
     names = kernel.src.fn.arg_names
     block = {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
     return Row(
@@ -202,7 +220,7 @@ def _row(case: Case, name: str, kernel: Any) -> Row:
     )
 
 
-def _assemble(arch: int, ptx: str) -> dict[str, int]:
+def assemble(arch: int, ptx: str) -> dict[str, int]:
     """What the assembler of the Triton wheel says of a kernel: registers, bytes spilled, wgmma serialised or not."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 

@@ -9,12 +9,11 @@ Nothing may spill: a thread holds a few numbers of a tile, whatever the number o
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
-from benchmarks.budget import ARCHITECTURES, SHARED_LIMIT, _assemble
+from benchmarks.budget import ARCHITECTURES, SHARED_LIMIT, assemble, recording
 
 DTYPES = ("bfloat16", "float16", "float32")
 COVERAGES = ("none", "of keys", "of queries and keys")
@@ -45,66 +44,24 @@ class Row:
 def compile_kernels(arch: int, dtypes: tuple[str, ...] = DTYPES) -> list[Row]:
     """Compile the kernels of every kind of call and its gradients for one architecture.
 
-    Triton reads TRITON_INTERPRET when it is imported: call this in a process without it.
+    For a process of its own: see ``recording``.
     """
-    import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
-    from triton.runtime.jit import JITFunction
-
-    from fastattn.kernels.additive import launch
-
-    class Compiler(DriverBase):
-        """A driver that knows its target and has no device."""
-
-        def __init__(self) -> None:
-            pass
-
-        @classmethod
-        def is_active(cls) -> bool:
-            return True
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", arch, 32)
-
-        def get_active_torch_device(self) -> torch.device:
-            return torch.device("meta")
-
-        def get_benchmarker(self) -> Any:
-            raise NotImplementedError
-
-        def map_python_to_cpp_type(self, ty: str) -> str:
-            return ty
-
-        def get_current_device(self) -> int:
-            return arch  # compiled kernels are kept per device: one for each architecture
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-    compiled: list[tuple[str, Any]] = []
-    run = JITFunction.run
-
-    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if self.__name__.startswith("additive"):
-            compiled.append((self.__name__ + (" of keys" if kwargs.get("OWN_KEYS") else ""), kernel))
-        return kernel
-
-    triton.runtime.driver.set_active(Compiler())
     rows = []
     assembled: dict[Any, dict[str, int]] = {}  # calls share kernels
-    JITFunction.run = record
-    try:
+    with recording(arch) as compiled:
+        import torch
+
         for dtype, coverage, queries in itertools.product(dtypes, COVERAGES, LENGTHS):
             compiled.clear()
-            _call(launch, torch, getattr(torch, dtype), coverage, queries)
-            for number, (name, kernel) in enumerate(compiled):
+            _call(torch, getattr(torch, dtype), coverage, queries)
+            kernels = [(name, arguments, kernel) for name, arguments, kernel in compiled if name.startswith("additive")]
+            for number, (name, arguments, kernel) in enumerate(kernels):
+                if arguments.get("OWN_KEYS"):
+                    name += " of keys"
                 if name == "additive_scores" and number:
                     name += " of coverage"
                 if kernel.hash not in assembled:
-                    assembled[kernel.hash] = _assemble(arch, kernel.asm["ptx"])
+                    assembled[kernel.hash] = assemble(arch, kernel.asm["ptx"])
                 metadata, found = kernel.metadata, assembled[kernel.hash]
                 rows.append(
                     Row(
@@ -112,13 +69,13 @@ def compile_kernels(arch: int, dtypes: tuple[str, ...] = DTYPES) -> list[Row]:
                         metadata.shared,
                     )
                 )  # fmt: skip
-    finally:
-        JITFunction.run = run
     return rows
 
 
-def _call(launch: Any, torch: Any, dtype: Any, coverage: str, queries: int) -> None:
+def _call(torch: Any, dtype: Any, coverage: str, queries: int) -> None:
     """Scores and all gradients on tensors without storage."""
+    from fastattn.kernels.additive import launch
+
     batch, keys, features = 2, 512, 256
 
     def empty(*shape: int, dtype: Any = dtype) -> Any:
@@ -133,7 +90,6 @@ def _call(launch: Any, torch: Any, dtype: Any, coverage: str, queries: int) -> N
 
 
 def main() -> int:
-    os.environ.pop("TRITON_INTERPRET", None)
     rows = [row for arch in ARCHITECTURES for row in compile_kernels(arch)]
     names = tuple(field.name for field in fields(Row))
     lines = [names, *(tuple(map(str, astuple(row))) for row in rows)]

@@ -33,11 +33,10 @@ def cases() -> list[budget.Case]:
 
 def compile_case(case: budget.Case) -> list[budget.Row]:
     """Append and attention, with the keys in one part and in several."""
-    budget._call = _call
-    return budget.compile_case(case)
+    return budget.compile_case(case, _call)
 
 
-def _call(launch: Any, torch: Any, case: budget.Case) -> None:
+def _call(torch: Any, case: budget.Case) -> None:
     from fastattn.kernels.attention import decode_launch
 
     brings = FEATURES[case.feature]

@@ -196,12 +196,7 @@ def _check_like_query(name: str, tensor: Tensor, query: Tensor) -> None:
 
 
 def _check_integers(name: str, tensor: Tensor, query: Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-    if tensor.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name}: got dtype {tensor.dtype}, allowed are int32 and int64")
-    if tensor.device != query.device:
-        raise ValueError(f"{name}: got device {tensor.device}, expected query's {query.device}")
+    validation.check_integers(name, tensor, query)
     fits = tensor.dim() == len(shape) and all(
         wanted is None or got == wanted for got, wanted in zip(tensor.shape, shape, strict=True)
     )

@@ -218,6 +218,16 @@ def check_segment_ids(
     return pair[0].to(dtype), pair[1].to(dtype)
 
 
+def check_integers(name: str, tensor: Tensor, query: Tensor) -> None:
+    """A tensor of lengths, boundaries or indexes: int32 or int64, on query's device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: got dtype {tensor.dtype}, allowed are int32 and int64")
+    if tensor.device != query.device:
+        raise ValueError(f"{name}: got device {tensor.device}, expected query's {query.device}")
+
+
 def check_flags(**flags: bool) -> None:
     """True or False, and what Python counts as one of them without surprise: None, integers, symbolic values.
 

@@ -43,7 +43,7 @@ def check_packed(query: Tensor, key: Tensor, value: Tensor, *, paged: bool, enab
 
 def check_cu_seq_tensor(name: str, bounds: Tensor, query: Tensor, sequences: int | None) -> None:
     """(N + 1) integers on query's device."""
-    _check_integers(name, bounds, query)
+    validation.check_integers(name, bounds, query)
     if bounds.dim() != 1 or bounds.shape[0] < 1:
         raise ValueError(f"{name}: got shape {tuple(bounds.shape)}, expected (N + 1) boundaries of N sequences")
     if sequences is not None and bounds.shape[0] != sequences + 1:
@@ -61,14 +61,14 @@ def check_paged(
     elif block_table is None:
         raise ValueError("cu_seq_k: got None, expected (N + 1) boundaries, or a block_table with seqused_k")
     if seqused_k is not None:
-        _check_integers("seqused_k", seqused_k, query)
+        validation.check_integers("seqused_k", seqused_k, query)
         if tuple(seqused_k.shape) != (sequences,):
             raise ValueError(f"seqused_k: got shape {tuple(seqused_k.shape)}, expected (N) = ({sequences},)")
     if block_table is None:
         return
     if seqused_k is None:
         raise ValueError("seqused_k: got None, expected (N) lengths beside a block_table")
-    _check_integers("block_table", block_table, query)
+    validation.check_integers("block_table", block_table, query)
     if block_table.dim() != 2 or block_table.shape[0] != sequences:
         raise ValueError(f"block_table: got shape {tuple(block_table.shape)}, expected (N, max_pages), N = {sequences}")
     if key.shape[1] == 0:
@@ -90,12 +90,3 @@ def check_inference_only(query: Tensor, key: Tensor, value: Tensor, **arguments:
     for name, argument in arguments.items():
         if argument is not None:
             raise ValueError(f"{name}: got a tensor beside inputs that require a gradient; it is for inference only")
-
-
-def _check_integers(name: str, tensor: Tensor, query: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-    if tensor.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name}: got dtype {tensor.dtype}, allowed are int32 and int64")
-    if tensor.device != query.device:
-        raise ValueError(f"{name}: got device {tensor.device}, expected query's {query.device}")

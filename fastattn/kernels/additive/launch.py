@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastattn.kernels.additive import config, shapes
 from fastattn.kernels.attention.launch import why_unavailable
+from fastattn.kernels.device import on
 
 try:
     import triton
@@ -84,7 +82,7 @@ def _walk_features(
     if rows >= config.FEATURES_FIRST_ROWS:
         # A feature of neighbouring keys is then neighbouring memory: one load where there were as many as keys.
         query, key = (tensor.mT.contiguous().mT for tensor in (query, key))
-    with _on(query.device):
+    with on(query.device):
         scores_kernel.additive_scores[(programs,)](
             _strided(query), _strided(key), weight.contiguous(), _strided(coverage), _contiguous(coverage_weight),
             _strided(dscores), end, _strided(result), rows, columns, features,
@@ -108,7 +106,7 @@ def _walk_others(
         dscores = dscores.mT
         coverage = None if coverage is None else coverage.mT
     if lines:
-        with _on(own.device):
+        with on(own.device):
             gradient_kernel.additive_gradient[(lines * triton.cdiv(features, tile.second),)](
                 _strided(own), _strided(other), weight.contiguous(), _strided(coverage), _contiguous(coverage_weight),
                 _strided(dscores), end, _strided(grad), *(*parts, None, None)[:2], owns, other.shape[1], features,
@@ -124,7 +122,7 @@ def _ends(key_padding_mask: Tensor | None) -> Tensor | None:
         return None
     batch, columns = key_padding_mask.shape
     begin, end = (key_padding_mask.new_empty(batch, dtype=torch.int32) for _ in range(2))
-    with _on(key_padding_mask.device):
+    with on(key_padding_mask.device):
         key_bounds[(batch,)](
             key_padding_mask.view(torch.uint8), begin, end, *key_padding_mask.stride(), columns,
             PADDING_BOOL=True, BLOCK_N=_BOUNDS_BLOCK,
@@ -142,7 +140,3 @@ def _strided(tensor: Tensor | None) -> Strided:
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

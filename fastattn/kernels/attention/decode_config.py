@@ -2,26 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from fastattn.kernels.attention.config import block_d
-
-
-@dataclass(frozen=True)
-class DecodeTile:
-    """Packed queries and keys of a tile, warps of a program, stages of the load pipeline, and registers of a thread.
-
-    With None the assembler chooses how many; it may then spill a few bytes so that two programs fit where one did.
-    """
-
-    block_m: int
-    block_n: int
-    warps: int = 4
-    stages: int = 2
-    registers: int | None = None
-
+from fastattn.kernels.attention.config import Tile, block_d
 
 # Programs wanted on every multiprocessor: reading the cache is all the work, and one alone has too few loads in flight.
 _PROGRAMS_PER_PROCESSOR = 2
@@ -35,17 +18,17 @@ APPEND_TOKENS = 16
 _ROWS = (16, 32, 64)
 
 
-def tile(dtype: torch.dtype, head_dim: int, packed_rows: int) -> DecodeTile:
+def tile(dtype: torch.dtype, head_dim: int, packed_rows: int) -> Tile:
     """The tile for ``packed_rows`` = group x L queries; a matrix product needs 16 of them."""
     held = block_d(head_dim)
     if dtype == torch.float32:  # without tensor cores the operands of a product live in registers
         if held > 128:
-            return DecodeTile(16, 16, 8, 1, 255)
-        return DecodeTile(16, 32 if held == head_dim else 16, 8, 2, 255)
+            return Tile(16, 16, 8, 1, 255)
+        return Tile(16, 32 if held == head_dim else 16, 8, 2, 255)
     largest = 64 if held <= 128 else 32
     block_m = next((rows for rows in _ROWS if rows >= min(packed_rows, largest)), largest)
     block_n = 64 if held <= 128 else 32
-    return DecodeTile(block_m, block_n, 8, 2, 255) if block_m == 64 else DecodeTile(block_m, block_n)
+    return Tile(block_m, block_n, 8, 2, 255) if block_m == 64 else Tile(block_m, block_n)
 
 
 def splits(programs: int, capacity: int, processors: int) -> int:

@@ -3,7 +3,6 @@ CUDA graph of a step serves every length."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from fastattn.kernels.attention import decode_config, shapes
 from fastattn.kernels.attention.arguments import Heads
 from fastattn.kernels.attention.config import block_d
+from fastattn.kernels.device import on
 
 try:
     import triton
@@ -75,7 +75,7 @@ def attention(
     )
     shape = decode.DecodeShape(batch, key_heads, heads // key_heads, rows, splits)
     common = {"DIM": head_dim, "BLOCK_D": block_d(head_dim)}
-    with _on(query.device):
+    with on(query.device):
         decode.decode_split[(programs * splits,)](
             query=_heads(query), key=_heads(key_cache), value=_heads(value_cache), out=written, out_split=split_stride,
             logsumexp=partial_logsumexp, sinks=sinks if splits == 1 else None, sequences=sequences, scoring=scoring,
@@ -100,7 +100,7 @@ def append(
         return
     features = decode.DecodeFeatures(False, False, False, 0 if block_table is None else key_cache.shape[2], "ieee")
     tiles = triton.cdiv(appended, decode_config.APPEND_TOKENS)
-    with _on(key_cache.device):
+    with on(key_cache.device):
         decode.append_tokens[(batch * key_heads * tiles,)](
             new_key=_heads(new_key), new_value=_heads(new_value), key=_heads(key_cache), value=_heads(value_cache),
             sequences=_sequences(key_cache, cache_lengths, block_table, appended), key_heads=key_heads, F=features,
@@ -131,7 +131,3 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels.attention import arguments, config, shapes
+from fastattn.kernels.device import on
 from fastattn.philox import keep_threshold
 
 try:
@@ -111,7 +111,7 @@ class _Problem:
     def launch(self, name: str, kernel: Any, programs: Callable[[config.Tile], int], **arguments: Any) -> None:
         """Run one kernel with the tile chosen for it; ``programs`` gives the size of the grid."""
         tile = config.tile(name, self.dtype, self.head_dim, heavy=self.heavy)
-        with _on(self.device):
+        with on(self.device):
             kernel[(programs(tile),)](
                 masks=self.masks, shape=self.shape, F=self.features, DIM=self.head_dim,
                 BLOCK_D=config.block_d(self.head_dim), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
@@ -187,7 +187,7 @@ def attention_backward(
     dlogsumexp = arguments.Heads(None, 0, 0, 0)
     if grad_logsumexp is not None:
         dlogsumexp = arguments.Heads(grad_logsumexp, *grad_logsumexp.stride()[1:])
-    with _on(shared.device):
+    with on(shared.device):
         backward.attention_delta[(triton.cdiv(shared.rows, tile.block_m) * shared.batch * shared.heads,)](
             _heads(out), dout, dlogsumexp, delta, shared.shape, DIM=shared.head_dim,
             BLOCK_D=config.block_d(shared.head_dim), BLOCK_M=tile.block_m, num_warps=tile.warps,
@@ -276,7 +276,7 @@ def _padding(mask: Tensor | None) -> tuple[Any, ...]:
     if mask is None:
         return None, 0, 0, None, None
     start, end = (mask.new_empty(mask.shape[0], dtype=torch.int32) for _ in range(2))
-    with _on(mask.device):
+    with on(mask.device):
         padding.key_bounds[(mask.shape[0],)](
             _bytes(mask), start, end, *mask.stride(), mask.shape[1], PADDING_BOOL=mask.dtype == torch.bool,
             BLOCK_N=_BOUNDS_BLOCK,
@@ -293,7 +293,7 @@ def _segments(query: Tensor | None, key: Tensor | None) -> tuple[Any, ...]:
     for own, other in ((query, key), (key, query)):
         (batch, length), blocks = own.shape, triton.cdiv(own.shape[1], 16)
         start, end = (own.new_empty(batch, blocks, dtype=torch.int32) for _ in range(2))
-        with _on(own.device):
+        with on(own.device):
             segments.segment_bounds[(batch * blocks,)](
                 own, other, start, end, length, other.shape[1], BLOCK=_SEGMENT_BLOCK
             )
@@ -327,7 +327,3 @@ def _weights(tensor: Tensor | None) -> arguments.Weights:
     if max(tensor.stride()[2:]) > _MAX_STRIDE:
         tensor = tensor.contiguous()
     return arguments.Weights(tensor, *tensor.stride())
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
