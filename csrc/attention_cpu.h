@@ -136,6 +136,8 @@ struct Backward {
   }
 };
 
+struct LstmKernels;  // lstm_cpu.h
+
 // The functions of one instruction set. Scratch is 64-byte aligned, uninitialised, private to the running task.
 struct Kernels {
   const char* name;
@@ -147,6 +149,7 @@ struct Kernels {
   void (*weights_tile)(const Weights&, int64_t task, float* scratch);
   int64_t (*backward_scratch)(const Backward&);
   void (*backward_task)(const Backward&, int64_t task, float* scratch);
+  const LstmKernels* lstm;
 };
 
 // The table for this processor, or the one chosen by use_instruction_set.

@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "instruction_set.h"
+#include "lstm.h"
 
 namespace pybind11::detail {
 
@@ -28,12 +29,34 @@ struct type_caster<fastattn::ProblemArgs> {
 
 }  // namespace pybind11::detail
 
+namespace {
+
+using fastattn::LstmArgs;
+using Optional = std::optional<at::Tensor>;
+using Tensors = std::vector<at::Tensor>;
+
+fastattn::LstmForward lstm_forward(
+    at::Tensor input, Optional batch_sizes, at::Tensor h0, at::Tensor c0, Tensors weights, bool save) {
+  return fastattn::lstm_forward_cpu({input, batch_sizes, h0, c0, std::move(weights)}, save);
+}
+
+fastattn::LstmBackward lstm_backward(
+    Optional grad_out, Optional grad_h_n, Optional grad_c_n, at::Tensor input, Optional batch_sizes, at::Tensor h0,
+    at::Tensor c0, Tensors weights, at::Tensor out, at::Tensor gates, at::Tensor cells) {
+  return fastattn::lstm_backward_cpu(
+      {grad_out, grad_h_n, grad_c_n}, {input, batch_sizes, h0, c0, std::move(weights)}, out, gates, cells);
+}
+
+}  // namespace
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("attention_forward", &fastattn::attention_forward, NoGil());
   m.def("attention_backward", &fastattn::attention_backward, NoGil());
   m.def("attention_weights", &fastattn::attention_weights, NoGil());
   m.def("attention_weights_backward", &fastattn::attention_weights_backward, NoGil());
+  m.def("lstm_forward", &lstm_forward, NoGil());
+  m.def("lstm_backward", &lstm_backward, NoGil());
   m.def("instruction_sets", &fastattn::instruction_sets);
   m.def("use_instruction_set", &fastattn::use_instruction_set);
 }

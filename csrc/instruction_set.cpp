@@ -3,6 +3,8 @@
 
 #include <atomic>
 
+#include "lstm_cpu.h"
+
 namespace fastattn {
 
 namespace portable { extern const Kernels table; }
@@ -30,6 +32,8 @@ static std::atomic<const Kernels*>& current() {
 }
 
 const Kernels& kernels() { return *current(); }
+
+const LstmKernels& lstm_kernels() { return *kernels().lstm; }
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;

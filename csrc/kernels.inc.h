@@ -21,13 +21,14 @@ namespace {
 #include "forward_tile.h"
 #include "weights_tile.h"
 #include "backward_tile.h"
+#include "lstm_tile.h"
 
 }  // namespace
 
 extern const Kernels table;
 const Kernels table = {
     ISA_NAME,        forward_pack, forward_scratch,  forward_tile,  weights_pack,
-    weights_scratch, weights_tile, backward_scratch, backward_task,
+    weights_scratch, weights_tile, backward_scratch, backward_task, &lstm_table,
 };
 
 }  // namespace ISA

@@ -1,5 +1,6 @@
 // The kernels for AVX-512: 32 registers of 16 floats.
 #include "attention_cpu.h"
+#include "lstm_cpu.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -14,6 +15,7 @@ constexpr int kLanes = 16, kMaxVectors = 4, kAccumulators = 24, kMaxRows = 12;
 }  // namespace avx512
 }  // namespace fastattn
 
+#define FASTATTN_RECIPROCAL_ESTIMATE(x) (vec) __builtin_ia32_rcp14ps512_mask(x, x, 0xffff)
 #define ISA avx512
 #define ISA_NAME "avx512"
 #include "kernels.inc.h"

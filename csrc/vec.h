@@ -44,6 +44,17 @@ static inline vec exp(vec x) {
   return x < -87.0f ? vec{} : result;
 }
 
+// 1 / x for normal x with a normal result, within 1 unit in the last place. The AVX-512 division of 16 numbers takes as
+// long as 16 multiplications; an estimate of 14 bits and one step of Newton's method are three instructions.
+static inline vec reciprocal(vec x) {
+#if defined(FASTATTN_RECIPROCAL_ESTIMATE)
+  const vec estimate = FASTATTN_RECIPROCAL_ESTIMATE(x);
+  return estimate * (2.0f - x * estimate);
+#else
+  return 1.0f / x;
+#endif
+}
+
 // tanh(x) within 2 units in the last place, near 0 too; NaN for NaN.
 //
 // Near 0 the odd polynomial of degree 11 with 1 fixed that fits tanh on [-0.625, 0.625] best (relative error 5e-9);
@@ -57,7 +68,7 @@ static inline vec tanh(vec x) {
   q = q * square - 0.3333328068256378f;
   const vec small = x + x * square * q;
   const vec size = x < 0.0f ? -x : x;
-  const vec large = 1.0f - 2.0f / (exp(2.0f * (size > 20.0f ? splat(20.0f) : size)) + 1.0f);
+  const vec large = 1.0f - 2.0f * reciprocal(exp(2.0f * (size > 20.0f ? splat(20.0f) : size)) + 1.0f);
   return size < 0.625f ? small : (x < 0.0f ? -large : large);
 }
 

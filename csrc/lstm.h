@@ -1,0 +1,57 @@
+// The LSTM operators of fastattn/kernels/lstm/op.py: every tensor's shape and lifetime, for the CPU and for CUDA.
+//
+// One call is one layer in D directions (1, or 2: the second reads the sequence from its end). The layer is torch's:
+//
+//     i, f, g, o = sigmoid, sigmoid, tanh, sigmoid (W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
+//     c_t = f c_{t-1} + i g,    m_t = o tanh(c_t),    h_t = W_hr m_t, or m_t without a projection
+//
+// Names: T steps, B batch, I input features, H hidden units, P = projection size or H, N rows of all steps together.
+// A padded batch is (T, B, ...), N = T B. A packed one is (N, ...): step after step, step t holding the first
+// batch_sizes[t] rows of the batch, N = sum(batch_sizes). Both are the same memory where all lengths are T.
+//
+// Tensors are inputs, never written, or results that the call allocates; all outlive it, none is kept. All floating
+// tensors of a call share one dtype and device; strides are free.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace fastattn {
+
+struct LstmArgs {
+  at::Tensor input;                       // (T, B, I), or packed (N, I)
+  std::optional<at::Tensor> batch_sizes;  // (T), int64 on the CPU, never increasing, each >= 1; for packed input only
+  at::Tensor h0;                          // (D, B, P)
+  at::Tensor c0;                          // (D, B, H)
+  // Per direction W_ih (4H, I), W_hh (4H, P), then where there are biases b_ih (4H), b_hh (4H), then where there is a
+  // projection W_hr (P, H): 2, 3, 4 or 5 tensors, gates in the order i, f, g, o.
+  std::vector<at::Tensor> weights;
+};
+
+// out (T, B, D P) or (N, D P), h_n (D, B, P), c_n (D, B, H); and what the backward needs, empty (0) unless `save`:
+// gates (N, D, 4 Hr) in the dtype of the input, cells (N, D, Hr) float32, Hr = H rounded up to 16. What stands where in
+// the two is known to the device's own backward alone.
+using LstmForward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// Gradients of input, h0, c0, and of each of the weights.
+using LstmBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
+
+// Throw c10::Error (ValueError, TypeError in Python) for whatever does not fit the above, before anything is computed.
+LstmForward lstm_forward_cpu(const LstmArgs& args, bool save);
+LstmForward lstm_forward_cuda(const LstmArgs& args, bool save);
+
+// A gradient that is absent is zero. out, gates and cells are the forward's results with `save`.
+struct LstmGradients {
+  std::optional<at::Tensor> out, h_n, c_n;  // shapes of the results of the same name
+};
+LstmBackward lstm_backward_cpu(
+    const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& gates,
+    const at::Tensor& cells);
+LstmBackward lstm_backward_cuda(
+    const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& gates,
+    const at::Tensor& cells);
+
+}  // namespace fastattn

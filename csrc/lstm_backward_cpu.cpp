@@ -1,0 +1,227 @@
+// The backward of the CPU LSTM: walks over the steps from the last one, then takes the gradients of the weights in one
+// product each. The arithmetic of a step is in lstm_tile.h.
+//
+// With dG_t the gradient of the sums of step t, dh_t = dout_t + dG_{t+1} W_hh (and dh_n at the last step), dm_t = dh_t
+// W_hr or dh_t, dG_t from dm_t as in lstm_cell.h; dW_ih = sum dG_t^T x_t, dW_hh = sum dG_t^T h_{t-1}, db = sum dG_t,
+// dW_hr = sum dh_t^T m_t, dx_t = dG_t W_ih.
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+
+#include <cstring>
+
+#include "lstm_layer.h"
+
+namespace fastattn {
+
+namespace {
+
+struct BackwardLayer {
+  LstmShape shape;
+  const at::Tensor gates, cells;
+  at::Tensor c0;                   // (D, B, Hr)
+  at::Tensor grad_out, grad_h_n;   // float32 (N, D P), (D, B, P); or undefined
+  at::Tensor dcell;                // (D, B, Hr): the gradient of c_n, of c0 in the end
+  at::Tensor dsums;                // (N, D, 4Hr)
+  at::Tensor dh, m;                // (N, D P), (N, D H) where there is a projection
+  at::Tensor dh0;                  // (D, B, P)
+  std::vector<Floats> weight_h, projection;
+
+  BackwardLayer(
+      const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& saved_gates,
+      const at::Tensor& saved_cells);
+  void walk(const Part& part, Barrier& barrier, float* scratch) const;
+  at::Tensor states_before(int64_t d, const at::Tensor& out, const at::Tensor& h0) const;
+
+ private:
+  int64_t row_of(int64_t t, int64_t row) const { return shape.first[static_cast<size_t>(t)] + row; }
+  // Where row `row` of step t stands in a (N, D columns) tensor.
+  float* at_row(const at::Tensor& tensor, int64_t t, int64_t row, int64_t d, int64_t columns) const {
+    return tensor.data_ptr<float>() + (row_of(t, row) * shape.directions + d) * columns;
+  }
+  void hidden_gradient(
+      const Part& part, int64_t t, int64_t later, Range rows, bool last, float* to, int64_t to_row,
+      float* scratch) const;
+  void cell_gradient(const Part& part, int64_t t, int64_t later, Range rows, bool last, float* scratch) const;
+};
+
+BackwardLayer::BackwardLayer(
+    const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& saved_gates,
+    const at::Tensor& saved_cells)
+    : shape(lstm_shape(args)), gates(saved_gates), cells(saved_cells) {
+  const LstmShape& s = shape;
+  check_lstm_backward(s, grad, args, out, gates, cells);
+  const auto floats = args.input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
+  c0 = padded_state(args.c0, s.units());
+  if (grad.out) grad_out = dense_float(*grad.out).view({s.rows, -1});
+  if (grad.h_n) grad_h_n = dense_float(*grad.h_n);
+  dcell = grad.c_n ? padded_state(*grad.c_n, s.units()) : at::zeros({s.directions, s.batch, s.units()}, floats);
+  dsums = at::empty({s.rows, s.directions, 4 * s.units()}, floats);
+  dh0 = grad.h_n ? grad_h_n.clone() : at::zeros({s.directions, s.batch, s.state}, floats);
+  if (s.projection) {
+    dh = at::empty({s.rows, s.directions * s.state}, floats);
+    m = at::empty({s.rows, s.directions * s.hidden}, floats);
+  }
+  for (int64_t d = 0; d < s.directions; ++d) {
+    const at::Tensor* weight = args.weights.data() + d * s.weights_per_direction();
+    weight_h.push_back(pack_columns(gate_rows(weight[1], s.hidden)));
+    if (s.projection) projection.push_back(pack_columns(weight[s.weights_per_direction() - 1]));
+  }
+}
+
+// dh of step t for some rows; `later` is the step that follows in the direction, or -1. `last`: these rows end here.
+void BackwardLayer::hidden_gradient(
+    const Part& part, int64_t t, int64_t later, Range rows, bool last, float* to, int64_t to_row,
+    float* scratch) const {
+  const int64_t d = part.direction;
+  LstmProduct p{};
+  p.rows = rows.end - rows.begin;
+  p.columns = shape.state;
+  p.depth = 4 * shape.units();
+  if (t >= 0 && grad_out.defined()) p.start = at_row(grad_out, t, rows.begin, d, shape.state);
+  p.start_row = shape.directions * shape.state;
+  if (last && grad_h_n.defined())
+    p.start2 = grad_h_n.const_data_ptr<float>() + (d * shape.batch + rows.begin) * shape.state;
+  p.start2_row = shape.state;
+  if (!last) p.left = at_row(dsums, later, rows.begin, d, 4 * shape.units());
+  p.left_row = shape.directions * 4 * shape.units();
+  p.weight = weight_h[static_cast<size_t>(d)].get();
+  p.out = to;
+  p.out_row = to_row;
+  lstm_kernels().product(p, share(panels(shape.state), part.member, part.members), scratch);
+}
+
+// dG and the gradient of the cell for some rows of step t; those that have a step before read its cell, others c0.
+void BackwardLayer::cell_gradient(
+    const Part& part, int64_t t, int64_t later, Range rows, bool last, float* scratch) const {
+  const int64_t d = part.direction, units = shape.units(), before = d == 0 ? t - 1 : t + 1;
+  const int64_t with_before = before >= 0 ? shape.active[static_cast<size_t>(before)] : 0;  // active[T] is 0
+  const Range halves[] = {
+      {rows.begin, std::min(rows.end, with_before)}, {std::max(rows.begin, with_before), rows.end}};
+  for (int half = 0; half < 2; ++half) {
+    const Range now = halves[half];
+    if (now.empty()) continue;
+    LstmBackwardStep s{};
+    s.rows = now.end - now.begin;
+    s.hidden = shape.hidden;
+    if (shape.projection) {
+      s.left = at_row(dh, t, now.begin, d, shape.state);
+      s.left_row = shape.directions * shape.state;
+      s.weight = projection[static_cast<size_t>(d)].get();
+      s.depth = shape.state;
+      s.m = at_row(m, t, now.begin, d, shape.hidden);
+      s.m_row = shape.directions * shape.hidden;
+    } else {
+      if (grad_out.defined()) s.start = at_row(grad_out, t, now.begin, d, shape.hidden);
+      s.start_row = shape.directions * shape.hidden;
+      if (last && grad_h_n.defined())
+        s.start2 = grad_h_n.const_data_ptr<float>() + (d * shape.batch + now.begin) * shape.hidden;
+      s.start2_row = shape.hidden;
+      if (!last) s.left = at_row(dsums, later, now.begin, d, 4 * units);
+      s.left_row = shape.directions * 4 * units;
+      s.weight = weight_h[static_cast<size_t>(d)].get();
+      s.depth = 4 * units;
+    }
+    const int64_t saved = row_of(t, now.begin) * shape.directions + d;
+    s.gates = static_cast<const char*>(gates.const_data_ptr()) +
+              saved * 4 * units * static_cast<int64_t>(gates.element_size());
+    s.gates_type = lstm_type(gates.scalar_type());
+    s.gates_row = shape.directions * 4 * units;
+    s.cells = cells.const_data_ptr<float>() + saved * units;
+    s.cells_row = shape.directions * units;
+    s.previous = half == 0 ? at_row(cells, before, now.begin, d, units)
+                           : c0.const_data_ptr<float>() + (d * shape.batch + now.begin) * units;
+    s.previous_row = half == 0 ? shape.directions * units : units;
+    s.dcell = dcell.data_ptr<float>() + (d * shape.batch + now.begin) * units;
+    s.dcell_row = units;
+    s.dsums = at_row(dsums, t, now.begin, d, 4 * units);
+    s.dsums_row = shape.directions * 4 * units;
+    lstm_kernels().backward(s, share(panels(shape.hidden), part.member, part.members), scratch);
+  }
+}
+
+// All steps of one part, from the last of its direction; then once more for the gradient of h0. Rows whose sequence is
+// over in this walk (they began there) get theirs as soon as they are.
+void BackwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) const {
+  const int64_t d = part.direction, dh_row = shape.directions * shape.state;
+  int64_t there = 0, later = -1;
+  for (int64_t i = 0; i <= shape.steps; ++i) {
+    const bool over = i == shape.steps;
+    const int64_t t = over ? -1 : d == 0 ? shape.steps - 1 - i : i;
+    const int64_t active = over ? 0 : shape.active[static_cast<size_t>(t)];
+    const Range parts[] = {
+        {part.rows.begin, std::min(part.rows.end, std::min(active, there))},  // go on
+        {std::max(part.rows.begin, there), std::min(part.rows.end, active)},  // end here, so begin in this walk
+        {std::max(part.rows.begin, active), std::min(part.rows.end, there)},  // began at the step before
+    };
+    for (int kind = 0; shape.projection && kind < 2; ++kind)
+      if (!parts[kind].empty())
+        hidden_gradient(
+            part, t, later, parts[kind], kind == 1, at_row(dh, t, parts[kind].begin, d, shape.state), dh_row, scratch);
+    if (!parts[2].empty())
+      hidden_gradient(
+          part, -1, later, parts[2], false,
+          dh0.data_ptr<float>() + (d * shape.batch + parts[2].begin) * shape.state, shape.state, scratch);
+    const bool working = !parts[0].empty() || !parts[1].empty();
+    if (shape.projection && working) barrier.wait();
+    for (int kind = 0; kind < 2; ++kind)
+      if (!parts[kind].empty()) cell_gradient(part, t, later, parts[kind], kind == 1, scratch);
+    if (working) barrier.wait();
+    there = active;
+    later = t;
+  }
+}
+
+// h_{t-1} for every row of dG: (N, P).
+at::Tensor BackwardLayer::states_before(int64_t d, const at::Tensor& out, const at::Tensor& h0) const {
+  at::Tensor states = at::empty({shape.rows, shape.state}, dsums.options());
+  const float *from = out.const_data_ptr<float>(), *start = h0.const_data_ptr<float>() + d * shape.batch * shape.state;
+  float* to = states.data_ptr<float>();
+  const int64_t out_row = shape.directions * shape.state;
+  const size_t bytes = static_cast<size_t>(shape.state) * sizeof(float);
+  for (int64_t t = 0; t < shape.steps; ++t) {
+    const int64_t before = d == 0 ? t - 1 : t + 1;
+    const int64_t with_before = before >= 0 ? shape.active[static_cast<size_t>(before)] : 0;
+    for (int64_t row = 0; row < shape.active[static_cast<size_t>(t)]; ++row, to += shape.state)
+      std::memcpy(
+          to, row < with_before ? from + row_of(before, row) * out_row + d * shape.state : start + row * shape.state,
+          bytes);
+  }
+  return states;
+}
+
+}  // namespace
+
+LstmBackward lstm_backward_cpu(
+    const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& gates,
+    const at::Tensor& cells) {
+  const BackwardLayer layer(grad, args, out, gates, cells);
+  const LstmShape& s = layer.shape;
+  run_parts(s, [&](const Part& part, Barrier& barrier, float* scratch) { layer.walk(part, barrier, scratch); });
+
+  const auto type = args.input.scalar_type();
+  const at::Tensor input = dense_float(args.input).view({s.rows, s.inputs}), h0 = dense_float(args.h0);
+  const at::Tensor states = dense_float(out).view({s.rows, -1});
+  std::vector<at::Tensor> dweights, rows;
+  for (int64_t d = 0; d < s.directions; ++d) {
+    const at::Tensor dsums = layer.dsums.select(1, d), turned = dsums.t();
+    rows.push_back(gate_rows(args.weights[static_cast<size_t>(d * s.weights_per_direction())], s.hidden));
+    dweights.push_back(from_gate_rows(at::mm(turned, input), s.hidden).to(type));
+    dweights.push_back(from_gate_rows(at::mm(turned, layer.states_before(d, states, h0)), s.hidden).to(type));
+    if (s.biases) {
+      const at::Tensor dbias = from_gate_rows(dsums.sum(0), s.hidden).view({-1}).to(type);
+      dweights.push_back(dbias);
+      dweights.push_back(dbias.clone());
+    }
+    if (s.projection)
+      dweights.push_back(at::mm(layer.dh.narrow(1, d * s.state, s.state).t(),
+                                layer.m.narrow(1, d * s.hidden, s.hidden)).to(type));
+  }
+  const at::Tensor weight = s.directions == 1 ? rows[0] : at::cat(rows);
+  const at::Tensor dinput = at::mm(layer.dsums.view({s.rows, -1}), weight);
+  return {dinput.to(type).view(args.input.sizes()), layer.dh0.to(type),
+          layer.dcell.narrow(2, 0, s.hidden).to(type).contiguous(), dweights};
+}
+
+}  // namespace fastattn

@@ -1,0 +1,90 @@
+// The contract between the two halves of the CPU LSTM: the driver (lstm_forward_cpu.cpp, lstm_backward_cpu.cpp), which
+// checks, allocates, packs and walks over the steps, and the kernels (lstm_tile.h), which do the arithmetic of one step.
+// As for the attention the kernels are compiled once per instruction set, and all arithmetic is float32.
+//
+// Units come in blocks of 16. Hr is H rounded up to 16; what is added has weights, gates and states of zero. A row of
+// 4 Hr numbers (sums, gates or their gradients) holds one block after the other, and in a block 16 numbers of each of
+// i, f, g, o: one column panel of 64 of the recurrent product is one block, and its gates meet in one register tile.
+//
+// Nothing here owns anything. Strides are in elements. Names as in lstm.h.
+#pragma once
+
+#include "attention_cpu.h"
+
+namespace fastattn {
+
+constexpr int64_t kUnits = 16;                // of a block
+constexpr int64_t kGateColumns = 4 * kUnits;  // of a block's panel
+
+// Rows of one call at most: their sums, 64 columns each, stay in the first-level cache.
+constexpr int64_t kLstmRows = 48;
+
+struct Range {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+};
+
+// One step of one direction for some rows of the batch. Rows count from the first of the call: every pointer with a row
+// stride points at its row 0.
+struct LstmForwardStep {
+  int64_t rows, inputs, hidden, state;  // state is P
+  const float* sums;      // (rows, 4 Hr) W_ih x + b; null: it is computed here, from the next three
+  const float* input;     // (rows, I)
+  const float* weight_x;  // panels (Hr / 16, I, 64)
+  const float* bias;      // (4 Hr)
+  const float* h;         // (rows, P) of the step before
+  const float* weight_h;  // panels (Hr / 16, P, 64)
+  float* cell;            // (rows, Hr): c_{t-1} on entry, c_t on return
+  float* m;               // (rows, H), written: o tanh(c)
+  void* gates;            // (rows, 4 Hr) of type gates_type, written; or null
+  float* cells;           // (rows, Hr), a copy of c_t; or null
+  Type gates_type;
+  int64_t sums_row, input_row, h_row, cell_row, m_row, gates_row, cells_row;
+};
+
+// One step backward: from dm, the gradient of m = o tanh(c), to that of the sums.
+struct LstmBackwardStep {
+  int64_t rows, hidden;
+  // dm = start + product, `depth` long: without a projection start is the gradient of the output, and the product that
+  // of the later step's sums with W_hh; with one, start is null and the product that of dh with W_hr.
+  const float* start;    // (rows, H) or null
+  const float* start2;   // (rows, H), added too; or null
+  const float* left;     // (rows, depth); null: no product
+  const float* weight;   // panels (Hr / 64 rounded up, depth, 64)
+  int64_t depth;
+  const void* gates;     // (rows, 4 Hr) of type gates_type
+  const float* cells;    // (rows, Hr): c_t
+  const float* previous; // (rows, Hr): c_{t-1}
+  float* dcell;          // (rows, Hr): gradient of c_t from later steps on entry, of c_{t-1} on return
+  float* dsums;          // (rows, 4 Hr), written
+  float* m;              // (rows, H), written: o tanh(c); or null
+  Type gates_type;
+  int64_t start_row, start2_row, left_row, gates_row, cells_row, previous_row, dcell_row, dsums_row, m_row;
+};
+
+// out (rows, columns) = start + start2 + left (rows, depth) times a matrix in panels of 64 columns.
+struct LstmProduct {
+  int64_t rows, columns, depth;
+  const float* start;   // (rows, columns), or null
+  const float* start2;  // likewise
+  const float* left;    // null: no product
+  const float* weight;  // panels (columns / 64 rounded up, depth, 64)
+  float* out;
+  int64_t start_row, start2_row, left_row, out_row;
+};
+
+// scratch: lstm_scratch floats, aligned, of the calling thread alone.
+constexpr int64_t lstm_scratch = kLstmRows * kGateColumns;
+
+struct LstmKernels {
+  // One block of W (4 H, K), rows of stride `row`, into its panel (K, 64).
+  void (*pack_gates)(const float* weight, int64_t row, int64_t hidden, int64_t depth, int64_t block, float* panel);
+  void (*forward)(const LstmForwardStep&, Range blocks, float* scratch);
+  void (*backward)(const LstmBackwardStep&, Range panels, float* scratch);
+  void (*product)(const LstmProduct&, Range panels, float* scratch);
+};
+
+// Those of the table in use, see instruction_set.h.
+const LstmKernels& lstm_kernels();
+
+}  // namespace fastattn

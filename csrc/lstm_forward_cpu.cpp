@@ -1,0 +1,178 @@
+// The forward of the CPU LSTM: packs the weights, walks over the steps. The arithmetic of a step is in lstm_tile.h.
+#include <ATen/ops/add.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+
+#include "lstm_layer.h"
+
+namespace fastattn {
+
+namespace {
+
+// What one direction reads.
+struct Direction {
+  at::Tensor bias, sums;  // (4Hr); (N, 4Hr) or undefined
+  Floats weight_x, weight_h, projection;
+};
+
+struct ForwardLayer {
+  LstmShape shape;
+  at::Tensor input, h0, cell;  // float32: (N, I), (D, B, P), (D, B, Hr)
+  at::Tensor out, m;           // float32: (N, D P); (D, B, H) where there is a projection
+  at::Tensor gates, cells;
+  std::vector<Direction> directions;
+  bool save;
+
+  ForwardLayer(const LstmArgs& args, bool keep);
+  void walk(const Part& part, Barrier& barrier, float* scratch) const;
+
+ private:
+  void step(const Part& part, int64_t t, Range rows, const float* h, int64_t h_row, float* scratch) const;
+  void project(const Part& part, int64_t t, Range rows, float* scratch) const;
+};
+
+// Whether W_ih x of all steps is one product before the recurrence. Where a group has few rows the weights are read for
+// few products in a step, and reading W_ih too costs more than writing and reading the sums.
+bool input_product_first(const LstmShape& shape) { return shape.steps > 1 && shape.batch < 2 * kRowsWorthWeights; }
+
+ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep) : shape(lstm_shape(args)), save(keep) {
+  const LstmShape& s = shape;
+  input = dense_float(args.input).view({s.rows, s.inputs});
+  h0 = dense_float(args.h0);
+  cell = padded_state(args.c0, s.units());
+  if (cell.is_alias_of(args.c0)) cell = cell.clone();  // it is overwritten step by step
+  const auto floats = args.input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
+  out = at::empty({s.rows, s.directions * s.state}, floats);
+  if (s.projection) m = at::empty({s.directions, s.batch, s.hidden}, floats);
+  gates = at::empty({0}, args.input.options());
+  cells = at::empty({0}, floats);
+  if (save) {
+    gates = at::empty({s.rows, s.directions, 4 * s.units()}, args.input.options());
+    cells = at::empty({s.rows, s.directions, s.units()}, floats);
+  }
+  for (int64_t d = 0; d < s.directions; ++d) {
+    const at::Tensor* weight = args.weights.data() + d * s.weights_per_direction();
+    Direction& one = directions.emplace_back();
+    one.bias = s.biases ? gate_rows(at::add(dense_float(weight[2]), dense_float(weight[3])), s.hidden).view({-1})
+                        : at::zeros({4 * s.units()}, floats);
+    if (input_product_first(s)) {
+      one.sums = at::addmm(one.bias, input, gate_rows(weight[0], s.hidden).t());
+    } else {
+      one.weight_x = pack_gates(weight[0], s.hidden);
+    }
+    one.weight_h = pack_gates(weight[1], s.hidden);
+    if (s.projection) one.projection = pack_columns(weight[s.weights_per_direction() - 1].t());
+  }
+}
+
+void ForwardLayer::step(
+    const Part& part, int64_t t, Range rows, const float* h, int64_t h_row, float* scratch) const {
+  if (rows.empty()) return;
+  const int64_t d = part.direction, units = shape.units(), row = shape.first[static_cast<size_t>(t)] + rows.begin;
+  const Direction& own = directions[static_cast<size_t>(d)];
+  LstmForwardStep s{};
+  s.rows = rows.end - rows.begin;
+  s.inputs = shape.inputs;
+  s.hidden = shape.hidden;
+  s.state = shape.state;
+  if (own.sums.defined()) s.sums = own.sums.const_data_ptr<float>() + row * 4 * units;
+  s.sums_row = 4 * units;
+  s.input = input.const_data_ptr<float>() + row * shape.inputs;
+  s.input_row = shape.inputs;
+  s.weight_x = own.weight_x.get();
+  s.bias = own.bias.const_data_ptr<float>();
+  s.h = h;
+  s.h_row = h_row;
+  s.weight_h = own.weight_h.get();
+  s.cell = cell.data_ptr<float>() + (d * shape.batch + rows.begin) * units;
+  s.cell_row = units;
+  s.m = shape.projection ? m.data_ptr<float>() + (d * shape.batch + rows.begin) * shape.hidden
+                         : out.data_ptr<float>() + row * shape.directions * shape.state + d * shape.state;
+  s.m_row = shape.projection ? shape.hidden : shape.directions * shape.state;
+  s.gates_type = lstm_type(gates.scalar_type());
+  if (save) {
+    const int64_t saved = row * shape.directions + d;
+    s.gates = static_cast<char*>(gates.data_ptr()) + saved * 4 * units * static_cast<int64_t>(gates.element_size());
+    s.gates_row = shape.directions * 4 * units;
+    s.cells = cells.data_ptr<float>() + saved * units;
+    s.cells_row = shape.directions * units;
+  }
+  lstm_kernels().forward(s, share(units / kUnits, part.member, part.members), scratch);
+}
+
+void ForwardLayer::project(const Part& part, int64_t t, Range rows, float* scratch) const {
+  const int64_t d = part.direction, row = shape.first[static_cast<size_t>(t)] + rows.begin;
+  LstmProduct p{};
+  p.rows = rows.end - rows.begin;
+  p.columns = shape.state;
+  p.depth = p.left_row = shape.hidden;
+  p.left = m.const_data_ptr<float>() + (d * shape.batch + rows.begin) * shape.hidden;
+  p.weight = directions[static_cast<size_t>(d)].projection.get();
+  p.out = out.data_ptr<float>() + row * shape.directions * shape.state + d * shape.state;
+  p.out_row = shape.directions * shape.state;
+  lstm_kernels().product(p, share(panels(shape.state), part.member, part.members), scratch);
+}
+
+// All steps of one part. The state of the step before is read from `out`; rows that begin here, from h0.
+void ForwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) const {
+  const int64_t d = part.direction, out_row = shape.directions * shape.state;
+  int64_t there = 0, before = -1;  // rows of the step before, and that step
+  for (int64_t i = 0; i < shape.steps; ++i) {
+    const int64_t t = d == 0 ? i : shape.steps - 1 - i, active = shape.active[static_cast<size_t>(t)];
+    const Range going{part.rows.begin, std::min(part.rows.end, std::min(active, there))};
+    const Range beginning{std::max(part.rows.begin, there), std::min(part.rows.end, active)};
+    if (!going.empty()) {
+      const int64_t row = shape.first[static_cast<size_t>(before)] + going.begin;
+      step(part, t, going, out.const_data_ptr<float>() + row * out_row + d * shape.state, out_row, scratch);
+    }
+    if (!beginning.empty()) {
+      const float* h = h0.const_data_ptr<float>() + (d * shape.batch + beginning.begin) * shape.state;
+      step(part, t, beginning, h, shape.state, scratch);
+    }
+    const Range rows{part.rows.begin, std::min(part.rows.end, active)};
+    if (shape.projection && !rows.empty()) {
+      barrier.wait();
+      project(part, t, rows, scratch);
+    }
+    if (!rows.empty()) barrier.wait();
+    there = active;
+    before = t;
+  }
+}
+
+}  // namespace
+
+LstmForward lstm_forward_cpu(const LstmArgs& args, bool save) {
+  const ForwardLayer layer(args, save);
+  const LstmShape& s = layer.shape;
+  run_parts(s, [&](const Part& part, Barrier& barrier, float* scratch) { layer.walk(part, barrier, scratch); });
+
+  const auto type = args.input.scalar_type();
+  at::Tensor h_n = at::empty_like(layer.h0);
+  // The last state of row b: at its last step forwards, at step 0 backwards.
+  for (int64_t d = 0; d < s.directions; ++d) {
+    const at::Tensor states = layer.out.narrow(1, d * s.state, s.state);
+    if (s.steps == 0) {
+      h_n[d].copy_(layer.h0[d]);
+    } else if (d == 1) {
+      h_n[d].copy_(states.narrow(0, 0, s.batch));
+    } else {
+      for (int64_t t = s.steps - 1, done = 0; t >= 0 && done < s.batch; --t) {
+        const int64_t active = s.active[static_cast<size_t>(t)];
+        if (active == done) continue;
+        h_n[d].narrow(0, done, active - done)
+            .copy_(states.narrow(0, s.first[static_cast<size_t>(t)] + done, active - done));
+        done = active;
+      }
+    }
+  }
+  std::vector<int64_t> sizes(args.input.sizes().begin(), args.input.sizes().end());
+  sizes.back() = s.directions * s.state;
+  const at::Tensor c_n = layer.cell.narrow(2, 0, s.hidden).to(type);
+  return {layer.out.to(type).view(sizes), h_n.to(type), c_n.is_contiguous() ? c_n : c_n.contiguous(), layer.gates,
+          layer.cells};
+}
+
+}  // namespace fastattn

@@ -1,0 +1,134 @@
+#include "lstm_layer.h"
+
+#include <ATen/ops/constant_pad_nd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace fastattn {
+
+Floats::Floats(int64_t count)
+    : memory_(static_cast<float*>(
+          ::operator new(static_cast<size_t>(count) * sizeof(float) + 64, std::align_val_t{64}))) {}
+
+void Floats::Free::operator()(float* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+
+at::Tensor dense_float(const at::Tensor& tensor) { return tensor.to(at::kFloat).contiguous(); }
+
+Type lstm_type(at::ScalarType type) {
+  return type == at::kHalf ? Type::half : type == at::kBFloat16 ? Type::bfloat16 : Type::single;
+}
+
+// f(index) for every index below `count`, on all threads where that is worth it.
+template <class F>
+static void for_each(int64_t count, bool many, F f) {
+  run_team(many ? std::min<int64_t>(count, at::get_num_threads()) : 1, [&](int64_t member, int64_t members) {
+    const Range mine = share(count, member, members);
+    for (int64_t i = mine.begin; i < mine.end; ++i) f(i);
+  });
+}
+
+// Numbers to copy that are worth waking threads for.
+constexpr int64_t kManyNumbers = 1 << 17;
+
+Floats pack_gates(const at::Tensor& weight, int64_t hidden) {
+  const at::Tensor dense = dense_float(weight);
+  const float* from = dense.const_data_ptr<float>();
+  const int64_t depth = dense.size(1), blocks = (hidden + kUnits - 1) / kUnits;
+  Floats packed(blocks * depth * kGateColumns);
+  const LstmKernels& kernels = lstm_kernels();
+  for_each(blocks, blocks * depth * kGateColumns > kManyNumbers, [&](int64_t block) {
+    kernels.pack_gates(from, depth, hidden, depth, block, packed + block * depth * kGateColumns);
+  });
+  return packed;
+}
+
+Floats pack_columns(const at::Tensor& matrix) {
+  const at::Tensor dense = dense_float(matrix);
+  const float* from = dense.const_data_ptr<float>();
+  const int64_t depth = dense.size(0), columns = dense.size(1), count = panels(columns);
+  Floats packed(count * depth * kGateColumns);
+  for_each(count, count * depth * kGateColumns > kManyNumbers, [&](int64_t panel) {
+    const int64_t here = std::min(kGateColumns, columns - panel * kGateColumns);
+    float* to = packed + panel * depth * kGateColumns;
+    for (int64_t k = 0; k < depth; ++k, to += kGateColumns) {
+      std::memcpy(to, from + k * columns + panel * kGateColumns, static_cast<size_t>(here) * sizeof(float));
+      std::fill(to + here, to + kGateColumns, 0.0f);
+    }
+  });
+  return packed;
+}
+
+at::Tensor gate_rows(const at::Tensor& weight, int64_t hidden) {
+  const int64_t units = round_up(hidden, kUnits), features = weight.numel() / (4 * hidden);
+  at::Tensor gates = dense_float(weight).view({4, hidden, features});
+  if (units != hidden) gates = at::constant_pad_nd(gates, {0, 0, 0, units - hidden});
+  return gates.view({4, units / kUnits, kUnits, features}).transpose(0, 1).reshape({4 * units, features});
+}
+
+at::Tensor from_gate_rows(const at::Tensor& weight, int64_t hidden) {
+  const int64_t units = weight.size(0) / 4, features = weight.numel() / weight.size(0);
+  const at::Tensor gates = weight.view({units / kUnits, 4, kUnits, features}).transpose(0, 1);
+  return gates.reshape({4, units, features}).narrow(1, 0, hidden).reshape({4 * hidden, features});
+}
+
+at::Tensor padded_state(const at::Tensor& state, int64_t units) {
+  return at::constant_pad_nd(dense_float(state), {0, units - state.size(-1)});
+}
+
+bool worth_a_team(const LstmShape& shape) {
+  return shape.rows * shape.directions * 4 * shape.hidden * (shape.inputs + shape.state) > (1 << 19);
+}
+
+// Where to cut the batch so that each of `count` groups has about as many steps.
+static std::vector<int64_t> row_cuts(const LstmShape& shape, int64_t count) {
+  std::vector<int64_t> cuts{0};
+  if (!shape.packed) {
+    for (int64_t i = 1; i <= count; ++i) cuts.push_back(shape.batch * i / count);
+    return cuts;
+  }
+  int64_t before = 0, step = shape.steps;
+  for (int64_t row = 0; row < shape.batch && static_cast<int64_t>(cuts.size()) < count; ++row) {
+    while (step > 0 && shape.active[static_cast<size_t>(step - 1)] <= row) --step;  // the length of this row
+    before += step;
+    if (before * count >= shape.rows * static_cast<int64_t>(cuts.size())) cuts.push_back(row + 1);
+  }
+  while (static_cast<int64_t>(cuts.size()) < count) cuts.push_back(shape.batch);
+  cuts.push_back(shape.batch);
+  return cuts;
+}
+
+std::vector<Part> lstm_parts(const LstmShape& shape, int64_t threads) {
+  std::vector<Part> parts;
+  int64_t group = 0;
+  for (int64_t d = 0; d < shape.directions; ++d) {
+    const Range mine = threads < shape.directions ? Range{0, 1} : share(threads, d, shape.directions);
+    const int64_t count = mine.end - mine.begin;
+    int64_t groups = 1;
+    for (int64_t g = 2; g <= count; ++g)
+      if (count % g == 0 && shape.batch >= g * kRowsWorthWeights) groups = g;
+    const std::vector<int64_t> cuts = row_cuts(shape, groups);
+    for (int64_t g = 0; g < groups; ++g, ++group)
+      for (int64_t member = 0; member < count / groups; ++member)
+        parts.push_back(
+            {d, {cuts[static_cast<size_t>(g)], cuts[static_cast<size_t>(g + 1)]}, member, count / groups, group});
+  }
+  return parts;
+}
+
+#if defined(__x86_64__)
+FlushDenormals::FlushDenormals() : saved_(_mm_getcsr()) {
+  constexpr uint32_t flush_results = 1u << 15, zero_operands = 1u << 6;
+  _mm_setcsr(saved_ | flush_results | zero_operands);
+}
+FlushDenormals::~FlushDenormals() { _mm_setcsr(saved_); }
+#else
+FlushDenormals::FlushDenormals() = default;
+FlushDenormals::~FlushDenormals() = default;
+#endif
+
+}  // namespace fastattn

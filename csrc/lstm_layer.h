@@ -1,0 +1,111 @@
+// What the forward and the backward of the CPU LSTM share: float32 tensors, packed weights, and who does which rows.
+#pragma once
+
+#include <memory>
+
+#include "lstm_cpu.h"
+#include "lstm_shape.h"
+#include "team.h"
+
+namespace fastattn {
+
+// Uninitialised floats at a multiple of 64 bytes.
+class Floats {
+ public:
+  Floats() = default;
+  explicit Floats(int64_t count);
+  float* get() const { return memory_.get(); }
+  float* operator+(int64_t offset) const { return memory_.get() + offset; }
+
+ private:
+  struct Free {
+    void operator()(float* memory) const;
+  };
+  std::unique_ptr<float, Free> memory_;
+};
+
+// `tensor` as contiguous float32: itself where it is that.
+at::Tensor dense_float(const at::Tensor& tensor);
+
+Type lstm_type(at::ScalarType type);
+
+// Panels of 64 columns.
+inline int64_t panels(int64_t columns) { return (columns + kGateColumns - 1) / kGateColumns; }
+
+// The share of part `part` of `parts` in [0, count).
+inline Range share(int64_t count, int64_t part, int64_t parts) {
+  return {count * part / parts, count * (part + 1) / parts};
+}
+
+// W (4H, K) as panels (Hr / 16, K, 64), one per block of units: what the forward multiplies x or h with.
+Floats pack_gates(const at::Tensor& weight, int64_t hidden);
+
+// A matrix (K, columns) as panels (columns / 64 rounded up, K, 64), zeros beyond the columns.
+Floats pack_columns(const at::Tensor& matrix);
+
+// W (4H, K) or b (4H) with its rows in the order of the sums, (4Hr, ...); and the way back, for a gradient.
+at::Tensor gate_rows(const at::Tensor& weight, int64_t hidden);
+at::Tensor from_gate_rows(const at::Tensor& weight, int64_t hidden);
+
+// States (B, H) as (B, Hr).
+at::Tensor padded_state(const at::Tensor& state, int64_t units);
+
+// Which thread does what: a direction, rows of the batch, and a share of the units. Threads with the same direction and
+// rows are a group and meet at a barrier after each step; groups need not know of each other.
+struct Part {
+  int64_t direction;
+  Range rows;
+  int64_t member, members;  // of the group
+  int64_t group;
+};
+
+// Splits directions and rows over `threads`; rows by the steps they have, so that packed batches split evenly. No group
+// has so few rows that the weights it reads in a step are not worth it: then its units are split. A single thread gets
+// all directions, one after the other.
+std::vector<Part> lstm_parts(const LstmShape& shape, int64_t threads);
+
+// Rows of a group that are worth reading all weights for.
+constexpr int64_t kRowsWorthWeights = 12;
+
+// Whether the call is long enough to wake other threads for.
+bool worth_a_team(const LstmShape& shape);
+
+// Makes results and operands below the smallest normal number zero, for a scope: they cost a hundred times as much, and
+// an LSTM whose gradient fades away is full of them.
+class FlushDenormals {
+ public:
+  FlushDenormals();
+  ~FlushDenormals();
+
+ private:
+  uint32_t saved_ = 0;
+};
+
+// Runs f(part, barrier, scratch) for every part, those of a group at the same time.
+template <class F>
+void run_parts(const LstmShape& shape, F f) {
+  const int64_t threads = std::max<int64_t>(at::get_num_threads(), 1);
+  std::vector<Barrier> barriers(static_cast<size_t>(threads + shape.directions));
+  const std::vector<Floats> scratch = [&] {
+    std::vector<Floats> each;
+    for (int64_t i = 0; i < threads; ++i) each.emplace_back(lstm_scratch);
+    return each;
+  }();
+  const bool worthwhile = worth_a_team(shape);
+  std::atomic<bool> ready{false};
+  run_team(worthwhile ? threads : 1, [&](int64_t member, int64_t members) {
+    const FlushDenormals flush;
+    const std::vector<Part> parts = lstm_parts(shape, members);
+    // The number of threads is known only now; the first one tells the barriers.
+    if (member == 0) {
+      for (const Part& part : parts) barriers[static_cast<size_t>(part.group)].set_members(part.members);
+      ready.store(true, std::memory_order_release);
+    } else {
+      while (!ready.load(std::memory_order_acquire)) std::this_thread::yield();
+    }
+    for (size_t i = static_cast<size_t>(member); i < parts.size(); i += static_cast<size_t>(members))
+      f(parts[i], barriers[static_cast<size_t>(parts[i].group)], scratch[static_cast<size_t>(member)].get());
+  });
+}
+
+}  // namespace fastattn

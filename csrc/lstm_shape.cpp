@@ -1,0 +1,127 @@
+#include "lstm_shape.h"
+
+#include <string>
+
+namespace fastattn {
+
+namespace {
+
+// Shape, dtype and device of one tensor; `like` is the input.
+void check(const std::string& name, const at::Tensor& tensor, at::IntArrayRef shape, const at::Tensor& like) {
+  TORCH_CHECK_VALUE(tensor.defined(), name, ": got an undefined tensor");
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, ": got shape ", tensor.sizes(), ", expected ", shape);
+  TORCH_CHECK_TYPE(
+      tensor.scalar_type() == like.scalar_type(), name, ": got dtype ", tensor.scalar_type(), ", expected input's ",
+      like.scalar_type());
+  TORCH_CHECK_VALUE(
+      tensor.device() == like.device() && tensor.layout() == at::kStrided, name, ": got a ", tensor.layout(),
+      " tensor on ", tensor.device(), ", expected a strided one on input's ", like.device());
+}
+
+void set_steps(LstmShape& shape, const LstmArgs& args) {
+  if (!args.batch_sizes) {
+    shape.active.assign(static_cast<size_t>(shape.steps), shape.batch);
+  } else {
+    const at::Tensor& sizes = *args.batch_sizes;
+    TORCH_CHECK_VALUE(
+        sizes.dim() == 1 && sizes.size(0) >= 1, "batch_sizes: got shape ", sizes.sizes(), ", expected (T) with T >= 1");
+    TORCH_CHECK_TYPE(sizes.scalar_type() == at::kLong, "batch_sizes: got dtype ", sizes.scalar_type(), ", expected int64");
+    TORCH_CHECK_VALUE(sizes.device().is_cpu(), "batch_sizes: got device ", sizes.device(), ", expected the CPU");
+    const at::Tensor dense = sizes.contiguous();
+    const int64_t* size = dense.const_data_ptr<int64_t>();
+    shape.steps = dense.size(0);
+    shape.active.assign(size, size + shape.steps);
+    int64_t most = shape.batch;
+    for (int64_t t = 0; t < shape.steps; ++t) {
+      TORCH_CHECK_VALUE(
+          size[t] >= 1 && size[t] <= most, "batch_sizes: got ", size[t], " at step ", t, ", expected 1 to ", most,
+          t == 0 ? " (h0's batch size)" : " (the step before)");
+      most = size[t];
+    }
+    TORCH_CHECK_VALUE(
+        size[0] == shape.batch, "batch_sizes: got ", size[0], " at step 0, expected h0's batch size ", shape.batch);
+  }
+  shape.first.assign(1, 0);
+  for (int64_t active : shape.active) shape.first.push_back(shape.first.back() + active);
+  shape.active.push_back(0);
+  TORCH_CHECK_VALUE(
+      shape.first.back() == shape.rows, "input: got ", shape.rows, " rows, expected the sum of batch_sizes, ",
+      shape.first.back());
+}
+
+}  // namespace
+
+LstmShape lstm_shape(const LstmArgs& args) {
+  const at::Tensor& input = args.input;
+  LstmShape shape{};
+  shape.packed = args.batch_sizes.has_value();
+  TORCH_CHECK_VALUE(
+      input.dim() == (shape.packed ? 2 : 3), "input: got shape ", input.sizes(), ", expected ",
+      shape.packed ? "(N, I) beside batch_sizes" : "(T, B, I)");
+  const auto type = input.scalar_type();
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kHalf || type == at::kBFloat16, "input: got dtype ", type,
+      ", expected float32, float16 or bfloat16");
+  TORCH_CHECK_VALUE(input.layout() == at::kStrided, "input: got a ", input.layout(), " tensor, expected a strided one");
+  TORCH_CHECK_VALUE(
+      args.h0.dim() == 3 && args.h0.size(0) >= 1 && args.h0.size(0) <= 2, "h0: got shape ", args.h0.sizes(),
+      ", expected (D, B, P), D 1 or 2");
+  TORCH_CHECK_VALUE(args.c0.dim() == 3, "c0: got shape ", args.c0.sizes(), ", expected (D, B, H)");
+  shape.directions = args.h0.size(0);
+  shape.batch = args.h0.size(1);
+  shape.state = args.h0.size(2);
+  shape.hidden = args.c0.size(2);
+  shape.inputs = input.size(-1);
+  shape.steps = shape.packed ? 0 : input.size(0);
+  shape.rows = shape.packed ? input.size(0) : shape.steps * input.size(1);
+  TORCH_CHECK_VALUE(shape.hidden >= 1 && shape.state >= 1, "h0, c0: got no hidden units");
+  if (!shape.packed) check("input", input, {shape.steps, shape.batch, shape.inputs}, input);
+  check("h0", args.h0, {shape.directions, shape.batch, shape.state}, input);
+  check("c0", args.c0, {shape.directions, shape.batch, shape.hidden}, input);
+  set_steps(shape, args);
+
+  const int64_t count = static_cast<int64_t>(args.weights.size());
+  const int64_t each = count / shape.directions;
+  TORCH_CHECK_VALUE(
+      count % shape.directions == 0 && each >= 2 && each <= 5, "weights: got ", count, " tensors for ",
+      shape.directions, " directions, expected 2, 3, 4 or 5 for each");
+  shape.biases = each >= 4;
+  shape.projection = each % 2 == 1;
+  TORCH_CHECK_VALUE(
+      shape.projection || shape.state == shape.hidden, "h0: got ", shape.state, " features, expected c0's ",
+      shape.hidden, ", for there is no projection");
+  const int64_t gates = 4 * shape.hidden;
+  for (int64_t d = 0; d < shape.directions; ++d) {
+    const at::Tensor* weight = args.weights.data() + d * each;
+    const std::string where = "weights[" + std::to_string(d * each) + " + ";
+    check(where + "0]", *weight++, {gates, shape.inputs}, input);
+    check(where + "1]", *weight++, {gates, shape.state}, input);
+    if (shape.biases) {
+      check(where + "2]", *weight++, {gates}, input);
+      check(where + "3]", *weight++, {gates}, input);
+    }
+    if (shape.projection)
+      check(where + std::to_string(each - 1) + "]", *weight, {shape.state, shape.hidden}, input);
+  }
+  return shape;
+}
+
+void check_lstm_backward(
+    const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out,
+    const at::Tensor& gates, const at::Tensor& cells) {
+  std::vector<int64_t> out_sizes(args.input.sizes().begin(), args.input.sizes().end());
+  out_sizes.back() = shape.directions * shape.state;
+  check("out", out, out_sizes, args.input);
+  if (grad.out) check("grad_out", *grad.out, out_sizes, args.input);
+  if (grad.h_n) check("grad_h_n", *grad.h_n, args.h0.sizes(), args.input);
+  if (grad.c_n) check("grad_c_n", *grad.c_n, args.c0.sizes(), args.input);
+  check("gates", gates, {shape.rows, shape.directions, 4 * shape.units()}, args.input);
+  TORCH_CHECK_VALUE(
+      cells.scalar_type() == at::kFloat && cells.sizes() == at::IntArrayRef({shape.rows, shape.directions, shape.units()}) &&
+          cells.device() == args.input.device(),
+      "cells: got ", cells.scalar_type(), " of shape ", cells.sizes(), " on ", cells.device(), ", expected float32 (",
+      shape.rows, ", ", shape.directions, ", ", shape.units(), ") on ", args.input.device());
+  TORCH_CHECK_VALUE(gates.is_contiguous() && cells.is_contiguous(), "gates, cells: expected the forward's own results");
+}
+
+}  // namespace fastattn

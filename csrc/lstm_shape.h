@@ -1,0 +1,29 @@
+// The sizes of an LSTM call and where its steps stand; the checks of the operators, for every device.
+#pragma once
+
+#include <vector>
+
+#include "lstm.h"
+
+namespace fastattn {
+
+struct LstmShape {
+  int64_t steps, batch, inputs, hidden, state;  // T, B, I, H, P
+  int64_t directions, rows;                     // D, N
+  bool biases, projection, packed;
+  std::vector<int64_t> active;  // (T + 1): rows of the batch that step t has; 0 at T
+  std::vector<int64_t> first;   // (T + 1): the row of the input at which step t begins
+
+  int64_t units() const { return (hidden + 15) / 16 * 16; }  // Hr
+  int64_t weights_per_direction() const { return 2 + (biases ? 2 : 0) + (projection ? 1 : 0); }
+};
+
+// Throws c10::ValueError or TypeError, naming the argument, unless everything in `args` fits together.
+LstmShape lstm_shape(const LstmArgs& args);
+
+// Likewise for what a backward gets beside them. `device` is what the kernels run on.
+void check_lstm_backward(
+    const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out,
+    const at::Tensor& gates, const at::Tensor& cells);
+
+}  // namespace fastattn

@@ -1,0 +1,68 @@
+// Threads that work on one recurrence together: torch's OpenMP threads, a number each, and a barrier between steps.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace fastattn {
+
+// A barrier for a fixed number of threads, used again and again.
+//
+// It spins, because a step of a small LSTM takes microseconds, and gives its time slice away when that takes long: on a
+// busy machine a pure spin costs a slice of the scheduler per step.
+class Barrier {
+ public:
+  void set_members(int64_t members) { members_ = members; }
+
+  void wait() {
+    if (members_ <= 1) return;
+    const uint32_t round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == members_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round_.load(std::memory_order_acquire) == round;)
+      if (++spins > kSpins) std::this_thread::yield();
+      else relax();
+  }
+
+ private:
+  static constexpr int kSpins = 4000;
+
+  static void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  int64_t members_ = 1;
+  alignas(64) std::atomic<int64_t> arrived_{0};
+  alignas(64) std::atomic<uint32_t> round_{0};
+};
+
+// True in a child of fork() whose parent may have had a team: the threads of libgomp are not there any more, and asking
+// for them would wait for ever.
+bool forked();
+
+// f(member, members) on every thread of a team of at most `most`, members counted from 0. All run at the same time, so
+// they may wait for one another; how many there are is known only inside. f must not throw.
+template <class F>
+void run_team(int64_t most, F f) {
+#if defined(_OPENMP)
+  if (most > 1 && !omp_in_parallel() && !forked()) {
+#pragma omp parallel num_threads(static_cast<int>(most))
+    f(static_cast<int64_t>(omp_get_thread_num()), static_cast<int64_t>(omp_get_num_threads()));
+    return;
+  }
+#endif
+  f(int64_t{0}, int64_t{1});
+}
+
+}  // namespace fastattn
