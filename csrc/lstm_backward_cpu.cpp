@@ -105,6 +105,7 @@ void BackwardLayer::cell_gradient(
     LstmBackwardStep s{};
     s.rows = now.end - now.begin;
     s.hidden = shape.hidden;
+    s.descending = t % 2 == 1;
     if (shape.projection) {
       s.left = at_row(dh, t, now.begin, d, shape.state);
       s.left_row = shape.directions * shape.state;

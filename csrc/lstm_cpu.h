@@ -28,12 +28,14 @@ struct Range {
 // stride points at its row 0.
 struct LstmForwardStep {
   int64_t rows, inputs, hidden, state;  // state is P
-  const float* sums;      // (rows, 4 Hr) W_ih x + b; null: it is computed here, from the next three
+  bool descending;        // the last block first
+  bool by_rows;           // the weights are (4H, I) and (4H, P), not packed; sums is null
+  const float* sums;      // (rows, 4H) W_ih x + b, one gate after the other; null: it is computed here, from the next three
   const float* input;     // (rows, I)
-  const float* weight_x;  // panels (Hr / 16, I, 64)
-  const float* bias;      // (4 Hr)
+  const float* weight_x;  // panels (Hr / 16, I, 64), or by rows
+  const float* bias;      // (4H)
   const float* h;         // (rows, P) of the step before
-  const float* weight_h;  // panels (Hr / 16, P, 64)
+  const float* weight_h;  // panels (Hr / 16, P, 64), or by rows
   float* cell;            // (rows, Hr): c_{t-1} on entry, c_t on return
   float* m;               // (rows, H), written: o tanh(c)
   void* gates;            // (rows, 4 Hr) of type gates_type, written; or null
@@ -45,6 +47,7 @@ struct LstmForwardStep {
 // One step backward: from dm, the gradient of m = o tanh(c), to that of the sums.
 struct LstmBackwardStep {
   int64_t rows, hidden;
+  bool descending;       // the last panel first
   // dm = start + product, `depth` long: without a projection start is the gradient of the output, and the product that
   // of the later step's sums with W_hh; with one, start is null and the product that of dh with W_hr.
   const float* start;    // (rows, H) or null
@@ -73,8 +76,10 @@ struct LstmProduct {
   int64_t start_row, start2_row, left_row, out_row;
 };
 
-// scratch: lstm_scratch floats, aligned, of the calling thread alone.
-constexpr int64_t lstm_scratch = kLstmRows * kGateColumns;
+// scratch: so many floats, aligned, of the calling thread alone. `depth` is the sum of the depths of a call's products.
+constexpr int64_t lstm_scratch(int64_t depth) {
+  return kLstmRows * (kGateColumns + depth + 4 * kPad) + kGateColumns * depth;
+}
 
 struct LstmKernels {
   // One block of W (4 H, K), rows of stride `row`, into its panel (K, 64).

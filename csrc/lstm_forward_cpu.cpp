@@ -13,8 +13,9 @@ namespace {
 
 // What one direction reads.
 struct Direction {
-  at::Tensor bias, sums;  // (4Hr); (N, 4Hr) or undefined
+  at::Tensor bias, sums;  // (4H); (N, 4H) or undefined
   Floats weight_x, weight_h, projection;
+  at::Tensor rows_x, rows_h;  // the weights themselves, where packing them is not worth it
 };
 
 struct ForwardLayer {
@@ -33,9 +34,16 @@ struct ForwardLayer {
   void project(const Part& part, int64_t t, Range rows, float* scratch) const;
 };
 
-// Whether W_ih x of all steps is one product before the recurrence. Where a group has few rows the weights are read for
-// few products in a step, and reading W_ih too costs more than writing and reading the sums.
-bool input_product_first(const LstmShape& shape) { return shape.steps > 1 && shape.batch < 2 * kRowsWorthWeights; }
+// Whether W_ih x of all steps is one product before the recurrence. It is where reading W_ih in each step costs more than
+// writing and reading the sums: with few rows, or weights beyond the cache.
+bool input_product_first(const LstmShape& shape) {
+  return shape.steps > 1 && (shape.batch < kRowsOfATile || weight_bytes(shape) > kCacheBytes);
+}
+
+// Rows of a call up to which packing the weights costs more than it gains.
+constexpr int64_t kFewRows = 64;
+
+bool use_weights_as_they_are(const LstmShape& shape) { return shape.steps == 1 && shape.rows <= kFewRows; }
 
 ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep) : shape(lstm_shape(args)), save(keep) {
   const LstmShape& s = shape;
@@ -55,15 +63,19 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep) : shape(lstm_shape(a
   for (int64_t d = 0; d < s.directions; ++d) {
     const at::Tensor* weight = args.weights.data() + d * s.weights_per_direction();
     Direction& one = directions.emplace_back();
-    one.bias = s.biases ? gate_rows(at::add(dense_float(weight[2]), dense_float(weight[3])), s.hidden).view({-1})
-                        : at::zeros({4 * s.units()}, floats);
+    one.bias = s.biases ? at::add(dense_float(weight[2]), dense_float(weight[3])) : at::zeros({4 * s.hidden}, floats);
+    if (s.projection) one.projection = pack_columns(weight[s.weights_per_direction() - 1].t());
+    if (use_weights_as_they_are(s)) {
+      one.rows_x = dense_float(weight[0]);
+      one.rows_h = dense_float(weight[1]);
+      continue;
+    }
     if (input_product_first(s)) {
-      one.sums = at::addmm(one.bias, input, gate_rows(weight[0], s.hidden).t());
+      one.sums = at::addmm(one.bias, input, dense_float(weight[0]).t());
     } else {
       one.weight_x = pack_gates(weight[0], s.hidden);
     }
     one.weight_h = pack_gates(weight[1], s.hidden);
-    if (s.projection) one.projection = pack_columns(weight[s.weights_per_direction() - 1].t());
   }
 }
 
@@ -74,18 +86,20 @@ void ForwardLayer::step(
   const Direction& own = directions[static_cast<size_t>(d)];
   LstmForwardStep s{};
   s.rows = rows.end - rows.begin;
+  s.descending = t % 2 == 1;
   s.inputs = shape.inputs;
   s.hidden = shape.hidden;
   s.state = shape.state;
-  if (own.sums.defined()) s.sums = own.sums.const_data_ptr<float>() + row * 4 * units;
-  s.sums_row = 4 * units;
+  if (own.sums.defined()) s.sums = own.sums.const_data_ptr<float>() + row * 4 * shape.hidden;
+  s.sums_row = 4 * shape.hidden;
   s.input = input.const_data_ptr<float>() + row * shape.inputs;
   s.input_row = shape.inputs;
-  s.weight_x = own.weight_x.get();
+  s.by_rows = own.rows_x.defined();
+  s.weight_x = s.by_rows ? own.rows_x.const_data_ptr<float>() : own.weight_x.get();
   s.bias = own.bias.const_data_ptr<float>();
   s.h = h;
   s.h_row = h_row;
-  s.weight_h = own.weight_h.get();
+  s.weight_h = s.by_rows ? own.rows_h.const_data_ptr<float>() : own.weight_h.get();
   s.cell = cell.data_ptr<float>() + (d * shape.batch + rows.begin) * units;
   s.cell_row = units;
   s.m = shape.projection ? m.data_ptr<float>() + (d * shape.batch + rows.begin) * shape.hidden

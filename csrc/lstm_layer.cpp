@@ -105,12 +105,20 @@ static std::vector<int64_t> row_cuts(const LstmShape& shape, int64_t count) {
 std::vector<Part> lstm_parts(const LstmShape& shape, int64_t threads) {
   std::vector<Part> parts;
   int64_t group = 0;
+  // Weights that fit into a second-level cache may be read by every group; larger ones come from the third level at each
+  // step, which only many rows are worth.
+  const int64_t least_rows = weight_bytes(shape) > kCacheBytes / 2 ? kRowsWorthWeights : kRowsOfATile;
+  // Two directions run at the same time, unless the weights of one fit into the second-level caches of all threads only.
+  const int64_t recurrent_bytes = 4 * shape.hidden * shape.state * static_cast<int64_t>(sizeof(float));
+  const bool side_by_side =
+      threads >= shape.directions && (recurrent_bytes * shape.directions <= kCacheBytes * threads / 2 ||
+                                      recurrent_bytes > kCacheBytes * threads);
   for (int64_t d = 0; d < shape.directions; ++d) {
-    const Range mine = threads < shape.directions ? Range{0, 1} : share(threads, d, shape.directions);
+    const Range mine = side_by_side ? share(threads, d, shape.directions) : Range{0, threads};
     const int64_t count = mine.end - mine.begin;
     int64_t groups = 1;
     for (int64_t g = 2; g <= count; ++g)
-      if (count % g == 0 && shape.batch >= g * kRowsWorthWeights) groups = g;
+      if (count % g == 0 && shape.batch >= g * least_rows) groups = g;
     const std::vector<int64_t> cuts = row_cuts(shape, groups);
     for (int64_t g = 0; g < groups; ++g, ++group)
       for (int64_t member = 0; member < count / groups; ++member)

@@ -60,12 +60,19 @@ struct Part {
 };
 
 // Splits directions and rows over `threads`; rows by the steps they have, so that packed batches split evenly. No group
-// has so few rows that the weights it reads in a step are not worth it: then its units are split. A single thread gets
-// all directions, one after the other.
+// has so few rows that the weights it reads in a step are not worth it: then its units are split. Where the directions do
+// not run at the same time, each thread has a part of both, that of the first direction first.
 std::vector<Part> lstm_parts(const LstmShape& shape, int64_t threads);
 
-// Rows of a group that are worth reading all weights for.
-constexpr int64_t kRowsWorthWeights = 12;
+// What may be expected of a second-level cache.
+constexpr int64_t kCacheBytes = int64_t{2} << 20;
+
+inline int64_t weight_bytes(const LstmShape& shape) {
+  return 4 * shape.hidden * (shape.inputs + shape.state) * static_cast<int64_t>(sizeof(float));
+}
+
+// Rows of a group that fill register tiles, and rows that are worth reading all weights for in each step.
+constexpr int64_t kRowsOfATile = 12, kRowsWorthWeights = 64;
 
 // Whether the call is long enough to wake other threads for.
 bool worth_a_team(const LstmShape& shape);
@@ -88,7 +95,7 @@ void run_parts(const LstmShape& shape, F f) {
   std::vector<Barrier> barriers(static_cast<size_t>(threads + shape.directions));
   const std::vector<Floats> scratch = [&] {
     std::vector<Floats> each;
-    for (int64_t i = 0; i < threads; ++i) each.emplace_back(lstm_scratch);
+    for (int64_t i = 0; i < threads; ++i) each.emplace_back(lstm_scratch(shape.inputs + shape.state + 4 * shape.units()));
     return each;
   }();
   const bool worthwhile = worth_a_team(shape);

@@ -10,6 +10,19 @@ static inline vec sigmoid(vec x) { return reciprocal(1.0f + exp(x < -87.0f ? spl
 #include "lstm_cell.h"
 #undef FASTATTN_INLINE
 
+// Lanes [0, count) of a vector; the others are neither read nor written, and read as zero.
+static inline vec load_lanes(const float* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  float part[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) part[i] = p[i];
+  return load(part);
+}
+
+static inline void store_lanes(float* p, vec v, int64_t count) {
+  if (count >= kLanes) return store(p, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+}
+
 static void lstm_pack_gates(
     const float* weight, int64_t row, int64_t hidden, int64_t depth, int64_t block, float* panel) {
   for (int64_t gate = 0; gate < 4; ++gate)
@@ -34,19 +47,6 @@ static void lstm_pack_gates(
     }
 }
 
-// Lanes [0, count) of a vector; the others are neither read nor written, and read as zero.
-static inline vec load_lanes(const float* p, int64_t count) {
-  if (count >= kLanes) return load(p);
-  float part[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) part[i] = p[i];
-  return load(part);
-}
-
-static inline void store_lanes(float* p, vec v, int64_t count) {
-  if (count >= kLanes) return store(p, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
-}
-
 // kLanes saved gates.
 template <class T>
 static inline vec load_gates(const T* p) {
@@ -68,18 +68,82 @@ static inline T* offset(T* p, int64_t by) {
   return p ? p + by : nullptr;
 }
 
+// Adds to sums[gate * 16 + u] the product of `left` (K) with the row of W (4H, K) that holds that gate of unit u, for
+// kLanes / 4 units: dot products along the lanes, turned round at the end. `count` of the units exist.
+static inline void lstm_dots(
+    int64_t depth, const float* left, const float* weight, int64_t gate_step, int64_t count, float* sums) {
+  constexpr int units = kLanes / 4;
+  const float* rows[kLanes];
+  for (int gate = 0; gate < 4; ++gate)
+    for (int u = 0; u < units; ++u)  // one that does not exist repeats the last one, and goes nowhere
+      rows[gate * units + u] = weight + gate * gate_step + min(u, count - 1) * depth;
+  vec dots[kLanes] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= depth; k += kLanes) {
+    const vec l = load(left + k);
+    for (int j = 0; j < kLanes; ++j) dots[j] += l * load(rows[j] + k);
+  }
+  if (k < depth) {
+    const vec l = load_lanes(left + k, depth - k);
+    for (int j = 0; j < kLanes; ++j) dots[j] += l * load_lanes(rows[j] + k, depth - k);
+  }
+  transpose(dots);
+  for (int i = 1; i < kLanes; ++i) dots[0] += dots[i];
+  for (int gate = 0; gate < 4; ++gate)
+    for (int u = 0; u < min(units, count); ++u) sums[gate * kUnits + u] += dots[0][gate * units + u];
+}
+
+// Rows below which dot products along the rows of W beat packing a block of it into a panel.
+constexpr int64_t kRowsWorthPacking = 12;
+
+// sums (rows, 64) += left times the gates of one block, from W (4H, K) as it is; `panel` is scratch for (K, 64).
+static void lstm_rows_of_weight(
+    int64_t rows, int64_t depth, Matrix left, const float* weight, int64_t hidden, int64_t block, float* sums,
+    float* panel) {
+  if (rows >= kRowsWorthPacking) {
+    lstm_pack_gates(weight, depth, hidden, depth, block, panel);
+    return gemm(rows, kGateColumns, depth, left, panel, kGateColumns, sums, kGateColumns, true);
+  }
+  const int64_t first = block * kUnits, there = min(kUnits, hidden - first);
+  for (int64_t unit = 0; unit < there; unit += kLanes / 4)
+    for (int64_t row = 0; row < rows; ++row)
+      lstm_dots(
+          depth, left.data + row * left.row, weight + (first + unit) * depth, hidden * depth, there - unit,
+          sums + row * kGateColumns + unit);
+}
+
+// The left operands of the products, copied for a group of rows: rows a multiple of 4 kB apart would fall into the same
+// sets of the first-level cache and throw one another out.
+static inline Matrix lstm_left(const float* from, int64_t from_row, int64_t rows, int64_t depth, float* to) {
+  const int64_t row = round_up(depth, kPad) + kPad;
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t k = 0;
+    for (; k + kLanes <= depth; k += kLanes) store(to + r * row + k, load(from + r * from_row + k));
+    for (; k < depth; ++k) to[r * row + k] = from[r * from_row + k];
+  }
+  return {to, row, 1};
+}
+
 // The sums of rows [row, row + rows) for one block, to the scratch (rows, 64).
-static void lstm_sums(const LstmForwardStep& s, int64_t row, int64_t rows, int64_t block, float* sums) {
+static void lstm_sums(
+    const LstmForwardStep& s, int64_t row, int64_t rows, int64_t block, Matrix input, Matrix h, float* sums,
+    float* panel) {
   const float* first = s.sums ? s.sums + row * s.sums_row : s.bias;
-  const int64_t step = s.sums ? s.sums_row : 0;
+  const int64_t step = s.sums ? s.sums_row : 0, unit = block * kUnits;
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < kGateColumns; j += kLanes)
-      store(sums + r * kGateColumns + j, load(first + r * step + block * kGateColumns + j));
+    for (int64_t gate = 0; gate < 4; ++gate)
+      for (int64_t j = 0; j < kUnits; j += kLanes)
+        store(sums + r * kGateColumns + gate * kUnits + j,
+              load_lanes(first + r * step + gate * s.hidden + unit + j, s.hidden - unit - j));
+  if (s.by_rows) {
+    lstm_rows_of_weight(rows, s.inputs, input, s.weight_x, s.hidden, block, sums, panel);
+    return lstm_rows_of_weight(rows, s.state, h, s.weight_h, s.hidden, block, sums, panel);
+  }
   if (!s.sums)
-    gemm(rows, kGateColumns, s.inputs, {s.input + row * s.input_row, s.input_row, 1},
-         s.weight_x + block * s.inputs * kGateColumns, kGateColumns, sums, kGateColumns, true);
-  gemm(rows, kGateColumns, s.state, {s.h + row * s.h_row, s.h_row, 1}, s.weight_h + block * s.state * kGateColumns,
-       kGateColumns, sums, kGateColumns, true);
+    gemm<true>(rows, kGateColumns, s.inputs, input, s.weight_x + block * s.inputs * kGateColumns, kGateColumns, sums,
+         kGateColumns, true);
+  gemm<true>(rows, kGateColumns, s.state, h, s.weight_h + block * s.state * kGateColumns, kGateColumns, sums, kGateColumns,
+       true);
 }
 
 // From the sums to the new states of kLanes units of one row; `unit` counts them.
@@ -108,8 +172,14 @@ static void lstm_forward(const LstmForwardStep& s, Range blocks, float* scratch)
     using T = __typeof__(*type);
     for (int64_t row = 0; row < s.rows; row += kLstmRows) {
       const int64_t rows = min(kLstmRows, s.rows - row);
-      for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-        lstm_sums(s, row, rows, block, scratch);
+      float* left = scratch + kLstmRows * kGateColumns;
+      const Matrix h = lstm_left(s.h + row * s.h_row, s.h_row, rows, s.state, left);
+      const Matrix input = s.sums ? h
+          : lstm_left(s.input + row * s.input_row, s.input_row, rows, s.inputs, left + rows * h.row);
+      float* panel = left + rows * (h.row + input.row);
+      for (int64_t i = blocks.begin; i < blocks.end; ++i) {
+        const int64_t block = s.descending ? blocks.end - 1 - (i - blocks.begin) : i;
+        lstm_sums(s, row, rows, block, input, h, scratch, panel);
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t unit = 0; unit < kUnits; unit += kLanes)
             lstm_units(s, row + r, block * kUnits + unit, scratch + r * kGateColumns, (T*)s.gates);
@@ -118,11 +188,17 @@ static void lstm_forward(const LstmForwardStep& s, Range blocks, float* scratch)
   });
 }
 
+template <class S>
+static inline Matrix lstm_left_of(const S& s, int64_t row, int64_t rows, float* scratch) {
+  if (!s.left) return {};
+  return lstm_left(s.left + row * s.left_row, s.left_row, rows, s.depth, scratch + kLstmRows * kGateColumns);
+}
+
 // start + start2 + left * weight for rows [row, row + rows) and one panel, to the scratch (rows, 64). Columns that do not
 // exist are zero, up to the next multiple of kPad.
 template <class S>
 static void lstm_product_tile(
-    const S& s, int64_t columns, int64_t row, int64_t rows, int64_t panel, float* out) {
+    const S& s, int64_t columns, Matrix left, int64_t row, int64_t rows, int64_t panel, float* out) {
   const int64_t first = panel * kGateColumns, here = min(kGateColumns, columns - first);
   for (int64_t r = 0; r < rows; ++r) {
     float* to = out + r * kGateColumns;
@@ -136,8 +212,8 @@ static void lstm_product_tile(
     }
   }
   if (s.left)
-    gemm(rows, round_up(here, kPad), s.depth, {s.left + row * s.left_row, s.left_row, 1},
-         s.weight + panel * s.depth * kGateColumns, kGateColumns, out, kGateColumns, true);
+    gemm<true>(rows, round_up(here, kPad), s.depth, left, s.weight + panel * s.depth * kGateColumns, kGateColumns, out,
+         kGateColumns, true);
 }
 
 template <class T>
@@ -164,8 +240,10 @@ static void lstm_backward(const LstmBackwardStep& s, Range panels, float* scratc
     using T = __typeof__(*type);
     for (int64_t row = 0; row < s.rows; row += kLstmRows) {
       const int64_t rows = min(kLstmRows, s.rows - row);
-      for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-        lstm_product_tile(s, s.hidden, row, rows, panel, scratch);
+      const Matrix left = lstm_left_of(s, row, rows, scratch);
+      for (int64_t i = panels.begin; i < panels.end; ++i) {
+        const int64_t panel = s.descending ? panels.end - 1 - (i - panels.begin) : i;
+        lstm_product_tile(s, s.hidden, left, row, rows, panel, scratch);
         const int64_t first = panel * kGateColumns, here = min(kGateColumns, round_up(s.hidden, kUnits) - first);
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t j = 0; j < here; j += kLanes)
@@ -178,8 +256,9 @@ static void lstm_backward(const LstmBackwardStep& s, Range panels, float* scratc
 static void lstm_product(const LstmProduct& s, Range panels, float* scratch) {
   for (int64_t row = 0; row < s.rows; row += kLstmRows) {
     const int64_t rows = min(kLstmRows, s.rows - row);
+    const Matrix left = lstm_left_of(s, row, rows, scratch);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      lstm_product_tile(s, s.columns, row, rows, panel, scratch);
+      lstm_product_tile(s, s.columns, left, row, rows, panel, scratch);
       const int64_t first = panel * kGateColumns, here = min(kGateColumns, s.columns - first);
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t j = 0; j < here; j += kLanes)

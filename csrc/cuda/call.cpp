@@ -1,0 +1,78 @@
+#include "call.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
+
+#include <atomic>
+
+namespace fastattn::cuda {
+
+namespace {
+
+#ifdef FASTATTN_EMULATED
+constexpr auto kDevice = at::kCPU;
+#else
+constexpr auto kDevice = at::kCUDA;
+#endif
+
+std::atomic<bool> persistent_allowed{true};
+
+Element element_of(at::ScalarType type) {
+  return type == at::kHalf ? Element::half : type == at::kBFloat16 ? Element::bfloat16 : Element::single;
+}
+
+// Checked before a guard switches to the device.
+const LstmArgs& on_device(const LstmArgs& args) {
+  TORCH_CHECK_VALUE(
+      args.input.device().type() == kDevice, "input: got a tensor on ", args.input.device(), ", expected one on ",
+      kDevice);
+  return args;
+}
+
+}  // namespace
+
+void allow_persistent(bool allowed) { persistent_allowed = allowed; }
+
+Call::Call(const LstmArgs& args)
+    : shape(lstm_shape(on_device(args))),
+      type(element_of(args.input.scalar_type())),
+      tf32(type == Element::single && at::globalContext().allowTF32CuBLAS()),
+      device(args.input.device()),
+      stream(current_stream()) {
+  const at::Tensor* weight = args.weights.data();
+  for (int64_t d = 0; d < shape.directions; ++d) {
+    Direction direction;
+    direction.w_ih = (weight++)->contiguous();
+    direction.w_hh = (weight++)->contiguous();
+    if (shape.biases) {
+      direction.b_ih = (weight++)->contiguous();
+      direction.b_hh = (weight++)->contiguous();
+    }
+    if (shape.projection) direction.w_hr = (weight++)->contiguous();
+    directions.push_back(std::move(direction));
+  }
+  if (shape.packed) {
+    first = at::empty({shape.steps + 1}, args.input.options().dtype(at::kLong));
+    upload(shape.first.data(), shape.steps + 1, first.mutable_data_ptr<int64_t>(), stream);
+  }
+}
+
+Steps Call::steps() const {
+  return {shape.steps, shape.batch, first.defined() ? first.const_data_ptr<int64_t>() : nullptr};
+}
+
+at::Tensor Call::at_last_steps(const at::Tensor& rows) const {
+  if (!shape.packed) return rows.narrow(0, shape.rows - shape.batch, shape.batch);
+  std::vector<int64_t> last(static_cast<size_t>(shape.batch));
+  for (size_t t = 0; t < static_cast<size_t>(shape.steps); ++t)
+    for (int64_t b = shape.active[t + 1]; b < shape.active[t]; ++b)
+      last[static_cast<size_t>(b)] = shape.first[t] + b;
+  const at::Tensor index = at::empty({shape.batch}, first.options());
+  upload(last.data(), shape.batch, index.mutable_data_ptr<int64_t>(), stream);
+  return at::index_select(rows, 0, index);
+}
+
+bool Call::may_persist() const { return persistent_allowed && !shape.projection && shape.rows > 0; }
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,51 @@
+// What the forward and the backward of the CUDA LSTM share: the call's sizes, dense weights, steps on the device.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/DeviceGuard.h>
+
+#include "../lstm.h"
+#include "../lstm_shape.h"
+#include "launch.h"
+
+namespace fastattn::cuda {
+
+// The weights of one direction, dense; undefined where the layer has none.
+struct Direction {
+  at::Tensor w_ih, w_hh, b_ih, b_hh, w_hr;
+};
+
+struct Call {
+  explicit Call(const LstmArgs& args);
+
+  LstmShape shape;
+  Element type;
+  bool tf32;
+  c10::OptionalDeviceGuard device;
+  // Every result is written as it stands: below autograd, and no autocast picks another dtype.
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+  void* stream;
+  std::vector<Direction> directions;
+  at::Tensor first;  // of packed input: shape.first on the device
+
+  Steps steps() const;
+  // The step that direction d computes as its s-th.
+  int64_t step(int64_t d, int64_t s) const { return d == 1 ? shape.steps - 1 - s : s; }
+  // Row b's last step is at row last_rows()[b] of the input: a slice, or numbers on the device.
+  at::Tensor at_last_steps(const at::Tensor& rows) const;
+  bool may_persist() const;
+};
+
+// Tests and benchmarks compare the two paths: false leaves the persistent kernels unused.
+void allow_persistent(bool allowed);
+
+// A kernel's view of a tensor that may be absent.
+inline const void* pointer(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
+
+// Pointer to column `column` of row 0 of a dense matrix.
+inline void* at_column(const at::Tensor& tensor, int64_t column) {
+  return static_cast<char*>(tensor.data_ptr()) + column * tensor.element_size();
+}
+
+}  // namespace fastattn::cuda
