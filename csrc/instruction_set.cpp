@@ -4,6 +4,11 @@
 #include <atomic>
 
 #include "lstm_cpu.h"
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fastattn {
 
@@ -13,38 +18,82 @@ namespace avx2 { extern const Kernels table; }
 namespace avx512 { extern const Kernels table; }
 #endif
 
-static std::vector<const Kernels*> available() {
-  std::vector<const Kernels*> tables;
+namespace {
+
+// A table, and the instructions beyond it that the processor has.
+struct Entry {
+  std::string name;
+  const Kernels* table;
+  LstmForm bf16;
+};
+
+#if defined(__x86_64__) && defined(__linux__)
+// Linux saves the tiles of AMX for a process once that has asked for them.
+bool may_use_tiles() {
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+
+bool has_amx_bf16() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16) && (d & tile) && may_use_tiles();
+}
+
+bool has_avx512_bf16() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
+}
+#else
+[[maybe_unused]] bool has_amx_bf16() { return false; }
+[[maybe_unused]] bool has_avx512_bf16() { return false; }
+#endif
+
+std::vector<Entry> find() {
+  std::vector<Entry> entries;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    tables.push_back(&avx512::table);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&avx2::table);
+      __builtin_cpu_supports("avx512vl")) {
+    if (has_amx_bf16()) entries.push_back({"avx512+amx", &avx512::table, LstmForm::tiles});
+    if (has_avx512_bf16()) entries.push_back({"avx512+bf16", &avx512::table, LstmForm::dots});
+    entries.push_back({"avx512", &avx512::table, LstmForm::panels});
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    entries.push_back({"avx2", &avx2::table, LstmForm::panels});
 #endif
-  tables.push_back(&portable::table);
-  return tables;
+  entries.push_back({"portable", &portable::table, LstmForm::panels});
+  return entries;
 }
 
-static std::atomic<const Kernels*>& current() {
-  static std::atomic<const Kernels*> table{available().front()};
-  return table;
+const std::vector<Entry>& available() {
+  static const std::vector<Entry> entries = find();
+  return entries;
 }
 
-const Kernels& kernels() { return *current(); }
+std::atomic<const Entry*>& current() {
+  static std::atomic<const Entry*> entry{&available().front()};
+  return entry;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *current().load()->table; }
 
 const LstmKernels& lstm_kernels() { return *kernels().lstm; }
 
+LstmForm lstm_bf16() { return current().load()->bf16; }
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const Kernels* table : available()) names.emplace_back(table->name);
+  for (const Entry& entry : available()) names.push_back(entry.name);
   return names;
 }
 
 bool use_instruction_set(const std::string& name) {
-  for (const Kernels* table : available())
-    if (name == table->name) {
-      current() = table;
+  for (const Entry& entry : available())
+    if (name == entry.name) {
+      current() = &entry;
       return true;
     }
   return false;

@@ -19,11 +19,12 @@ namespace {
 
 struct BackwardLayer {
   LstmShape shape;
+  LstmForm form;
   const at::Tensor gates, cells;
   at::Tensor c0;                   // (D, B, Hr)
   at::Tensor grad_out, grad_h_n;   // float32 (N, D P), (D, B, P); or undefined
   at::Tensor dcell;                // (D, B, Hr): the gradient of c_n, of c0 in the end
-  at::Tensor dsums;                // (N, D, 4Hr)
+  at::Tensor dsums;                // (N, D, 4Hr), bfloat16 where the form is that
   at::Tensor dh, m;                // (N, D P), (N, D H) where there is a projection
   at::Tensor dh0;                  // (D, B, P)
   std::vector<Floats> weight_h, projection;
@@ -40,6 +41,9 @@ struct BackwardLayer {
   float* at_row(const at::Tensor& tensor, int64_t t, int64_t row, int64_t d, int64_t columns) const {
     return tensor.data_ptr<float>() + (row_of(t, row) * shape.directions + d) * columns;
   }
+  void* dsums_at(int64_t t, int64_t row, int64_t d) const {
+    return at_element(dsums, (row_of(t, row) * shape.directions + d) * 4 * shape.units());
+  }
   void hidden_gradient(
       const Part& part, int64_t t, int64_t later, Range rows, bool last, float* to, int64_t to_row,
       float* scratch) const;
@@ -49,7 +53,7 @@ struct BackwardLayer {
 BackwardLayer::BackwardLayer(
     const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& saved_gates,
     const at::Tensor& saved_cells)
-    : shape(lstm_shape(args)), gates(saved_gates), cells(saved_cells) {
+    : shape(lstm_shape(args)), form(lstm_form(shape, args)), gates(saved_gates), cells(saved_cells) {
   const LstmShape& s = shape;
   check_lstm_backward(s, grad, args, out, gates, cells);
   const auto floats = args.input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
@@ -57,7 +61,7 @@ BackwardLayer::BackwardLayer(
   if (grad.out) grad_out = dense_float(*grad.out).view({s.rows, -1});
   if (grad.h_n) grad_h_n = dense_float(*grad.h_n);
   dcell = grad.c_n ? padded_state(*grad.c_n, s.units()) : at::zeros({s.directions, s.batch, s.units()}, floats);
-  dsums = at::empty({s.rows, s.directions, 4 * s.units()}, floats);
+  dsums = at::empty({s.rows, s.directions, 4 * s.units()}, is_half(form) ? args.input.options() : floats);
   dh0 = grad.h_n ? grad_h_n.clone() : at::zeros({s.directions, s.batch, s.state}, floats);
   if (s.projection) {
     dh = at::empty({s.rows, s.directions * s.state}, floats);
@@ -65,8 +69,8 @@ BackwardLayer::BackwardLayer(
   }
   for (int64_t d = 0; d < s.directions; ++d) {
     const at::Tensor* weight = args.weights.data() + d * s.weights_per_direction();
-    weight_h.push_back(pack_columns(gate_rows(weight[1], s.hidden)));
-    if (s.projection) projection.push_back(pack_columns(weight[s.weights_per_direction() - 1]));
+    weight_h.push_back(pack_columns(gate_rows(operand(weight[1], form), s.hidden), form));
+    if (s.projection) projection.push_back(pack_columns(weight[s.weights_per_direction() - 1], form));
   }
 }
 
@@ -84,7 +88,8 @@ void BackwardLayer::hidden_gradient(
   if (last && grad_h_n.defined())
     p.start2 = grad_h_n.const_data_ptr<float>() + (d * shape.batch + rows.begin) * shape.state;
   p.start2_row = shape.state;
-  if (!last) p.left = at_row(dsums, later, rows.begin, d, 4 * shape.units());
+  if (!last) p.left = dsums_at(later, rows.begin, d);
+  p.form = form;
   p.left_row = shape.directions * 4 * shape.units();
   p.weight = weight_h[static_cast<size_t>(d)].get();
   p.out = to;
@@ -105,6 +110,7 @@ void BackwardLayer::cell_gradient(
     LstmBackwardStep s{};
     s.rows = now.end - now.begin;
     s.hidden = shape.hidden;
+    s.form = form;
     s.descending = t % 2 == 1;
     if (shape.projection) {
       s.left = at_row(dh, t, now.begin, d, shape.state);
@@ -119,14 +125,13 @@ void BackwardLayer::cell_gradient(
       if (last && grad_h_n.defined())
         s.start2 = grad_h_n.const_data_ptr<float>() + (d * shape.batch + now.begin) * shape.hidden;
       s.start2_row = shape.hidden;
-      if (!last) s.left = at_row(dsums, later, now.begin, d, 4 * units);
+      if (!last) s.left = dsums_at(later, now.begin, d);
       s.left_row = shape.directions * 4 * units;
       s.weight = weight_h[static_cast<size_t>(d)].get();
       s.depth = 4 * units;
     }
     const int64_t saved = row_of(t, now.begin) * shape.directions + d;
-    s.gates = static_cast<const char*>(gates.const_data_ptr()) +
-              saved * 4 * units * static_cast<int64_t>(gates.element_size());
+    s.gates = at_element(gates, saved * 4 * units);
     s.gates_type = lstm_type(gates.scalar_type());
     s.gates_row = shape.directions * 4 * units;
     s.cells = cells.const_data_ptr<float>() + saved * units;
@@ -136,7 +141,7 @@ void BackwardLayer::cell_gradient(
     s.previous_row = half == 0 ? shape.directions * units : units;
     s.dcell = dcell.data_ptr<float>() + (d * shape.batch + now.begin) * units;
     s.dcell_row = units;
-    s.dsums = at_row(dsums, t, now.begin, d, 4 * units);
+    s.dsums = dsums_at(t, now.begin, d);
     s.dsums_row = shape.directions * 4 * units;
     lstm_kernels().backward(s, share(panels(shape.hidden), part.member, part.members), scratch);
   }
@@ -177,16 +182,17 @@ void BackwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) con
 // h_{t-1} for every row of dG: (N, P).
 at::Tensor BackwardLayer::states_before(int64_t d, const at::Tensor& out, const at::Tensor& h0) const {
   at::Tensor states = at::empty({shape.rows, shape.state}, dsums.options());
-  const float *from = out.const_data_ptr<float>(), *start = h0.const_data_ptr<float>() + d * shape.batch * shape.state;
-  float* to = states.data_ptr<float>();
+  char* to = at_element(states, 0);
   const int64_t out_row = shape.directions * shape.state;
-  const size_t bytes = static_cast<size_t>(shape.state) * sizeof(float);
+  const size_t bytes = static_cast<size_t>(shape.state) * states.element_size();
   for (int64_t t = 0; t < shape.steps; ++t) {
     const int64_t before = d == 0 ? t - 1 : t + 1;
     const int64_t with_before = before >= 0 ? shape.active[static_cast<size_t>(before)] : 0;
-    for (int64_t row = 0; row < shape.active[static_cast<size_t>(t)]; ++row, to += shape.state)
+    for (int64_t row = 0; row < shape.active[static_cast<size_t>(t)]; ++row, to += bytes)
       std::memcpy(
-          to, row < with_before ? from + row_of(before, row) * out_row + d * shape.state : start + row * shape.state,
+          to,
+          row < with_before ? at_element(out, row_of(before, row) * out_row + d * shape.state)
+                            : at_element(h0, (d * shape.batch + row) * shape.state),
           bytes);
   }
   return states;
@@ -202,12 +208,13 @@ LstmBackward lstm_backward_cpu(
   run_parts(s, [&](const Part& part, Barrier& barrier, float* scratch) { layer.walk(part, barrier, scratch); });
 
   const auto type = args.input.scalar_type();
-  const at::Tensor input = dense_float(args.input).view({s.rows, s.inputs}), h0 = dense_float(args.h0);
-  const at::Tensor states = dense_float(out).view({s.rows, -1});
+  const LstmForm form = layer.form;
+  const at::Tensor input = operand(args.input, form).view({s.rows, s.inputs}), h0 = operand(args.h0, form);
+  const at::Tensor states = operand(out, form).view({s.rows, -1});
   std::vector<at::Tensor> dweights, rows;
   for (int64_t d = 0; d < s.directions; ++d) {
     const at::Tensor dsums = layer.dsums.select(1, d), turned = dsums.t();
-    rows.push_back(gate_rows(args.weights[static_cast<size_t>(d * s.weights_per_direction())], s.hidden));
+    rows.push_back(gate_rows(operand(args.weights[static_cast<size_t>(d * s.weights_per_direction())], form), s.hidden));
     dweights.push_back(from_gate_rows(at::mm(turned, input), s.hidden).to(type));
     dweights.push_back(from_gate_rows(at::mm(turned, layer.states_before(d, states, h0)), s.hidden).to(type));
     if (s.biases) {

@@ -19,6 +19,19 @@ constexpr int64_t kGateColumns = 4 * kUnits;  // of a block's panel
 // Rows of one call at most: their sums, 64 columns each, stay in the first-level cache.
 constexpr int64_t kLstmRows = 48;
 
+// How a product is made, and so what its operands are.
+enum class LstmForm : uint8_t {
+  panels,  // float32, weights packed into panels
+  rows,    // float32, weights as the user has them; forward only, for few rows
+  dots,    // bfloat16 with float32 sums, panels of lstm_bf16.h, by VDPBF16PS
+  tiles,   // the same by AMX
+};
+
+constexpr bool is_half(LstmForm form) { return form >= LstmForm::dots; }
+
+// Numbers of a panel (K, 64) of bfloat16, K rounded up to 32.
+constexpr int64_t lstm_bf16_panel(int64_t depth) { return round_up(depth, 32) * kGateColumns; }
+
 struct Range {
   int64_t begin, end;
   bool empty() const { return begin >= end; }
@@ -29,15 +42,15 @@ struct Range {
 struct LstmForwardStep {
   int64_t rows, inputs, hidden, state;  // state is P
   bool descending;        // the last block first
-  bool by_rows;           // the weights are (4H, I) and (4H, P), not packed; sums is null
+  LstmForm form;
   const float* sums;      // (rows, 4H) W_ih x + b, one gate after the other; null: it is computed here, from the next three
-  const float* input;     // (rows, I)
-  const float* weight_x;  // panels (Hr / 16, I, 64), or by rows
+  const void* input;      // (rows, I), bfloat16 where the form is that
+  const void* weight_x;   // panels (Hr / 16, I, 64); (4H, I) for `rows`, where sums is null
   const float* bias;      // (4H)
-  const float* h;         // (rows, P) of the step before
-  const float* weight_h;  // panels (Hr / 16, P, 64), or by rows
+  const void* h;          // (rows, P) of the step before, bfloat16 likewise
+  const void* weight_h;   // likewise, P for I
   float* cell;            // (rows, Hr): c_{t-1} on entry, c_t on return
-  float* m;               // (rows, H), written: o tanh(c)
+  void* m;                // (rows, H), written: o tanh(c); bfloat16 likewise
   void* gates;            // (rows, 4 Hr) of type gates_type, written; or null
   float* cells;           // (rows, Hr), a copy of c_t; or null
   Type gates_type;
@@ -48,18 +61,19 @@ struct LstmForwardStep {
 struct LstmBackwardStep {
   int64_t rows, hidden;
   bool descending;       // the last panel first
+  LstmForm form;
   // dm = start + product, `depth` long: without a projection start is the gradient of the output, and the product that
   // of the later step's sums with W_hh; with one, start is null and the product that of dh with W_hr.
   const float* start;    // (rows, H) or null
   const float* start2;   // (rows, H), added too; or null
-  const float* left;     // (rows, depth); null: no product
-  const float* weight;   // panels (Hr / 64 rounded up, depth, 64)
+  const void* left;      // (rows, depth), bfloat16 where the form is that; null: no product
+  const void* weight;    // panels (Hr / 64 rounded up, depth, 64)
   int64_t depth;
   const void* gates;     // (rows, 4 Hr) of type gates_type
   const float* cells;    // (rows, Hr): c_t
   const float* previous; // (rows, Hr): c_{t-1}
   float* dcell;          // (rows, Hr): gradient of c_t from later steps on entry, of c_{t-1} on return
-  float* dsums;          // (rows, 4 Hr), written
+  void* dsums;           // (rows, 4 Hr), written; bfloat16 likewise
   float* m;              // (rows, H), written: o tanh(c); or null
   Type gates_type;
   int64_t start_row, start2_row, left_row, gates_row, cells_row, previous_row, dcell_row, dsums_row, m_row;
@@ -70,26 +84,31 @@ struct LstmProduct {
   int64_t rows, columns, depth;
   const float* start;   // (rows, columns), or null
   const float* start2;  // likewise
-  const float* left;    // null: no product
-  const float* weight;  // panels (columns / 64 rounded up, depth, 64)
+  LstmForm form;
+  const void* left;     // bfloat16 where the form is that; null: no product
+  const void* weight;   // panels (columns / 64 rounded up, depth, 64)
   float* out;
   int64_t start_row, start2_row, left_row, out_row;
 };
 
 // scratch: so many floats, aligned, of the calling thread alone. `depth` is the sum of the depths of a call's products.
 constexpr int64_t lstm_scratch(int64_t depth) {
-  return kLstmRows * (kGateColumns + depth + 4 * kPad) + kGateColumns * depth;
+  return kLstmRows * (kGateColumns + depth + 8 * kPad) + kGateColumns * depth;
 }
 
 struct LstmKernels {
   // One block of W (4 H, K), rows of stride `row`, into its panel (K, 64).
   void (*pack_gates)(const float* weight, int64_t row, int64_t hidden, int64_t depth, int64_t block, float* panel);
+  // For `dots` and `tiles`: one block of W (4H, K), and one panel of a matrix (K, columns), K a multiple of 32.
+  void (*pack_gates_bf16)(const void* weight, int64_t hidden, int64_t depth, int64_t block, void* panel);
+  void (*pack_columns_bf16)(const void* matrix, int64_t depth, int64_t columns, int64_t panel_index, void* panel);
   void (*forward)(const LstmForwardStep&, Range blocks, float* scratch);
   void (*backward)(const LstmBackwardStep&, Range panels, float* scratch);
   void (*product)(const LstmProduct&, Range panels, float* scratch);
 };
 
-// Those of the table in use, see instruction_set.h.
+// Those of the table in use, see instruction_set.h, and how they multiply bfloat16: `panels` if not at all.
 const LstmKernels& lstm_kernels();
+LstmForm lstm_bf16();
 
 }  // namespace fastattn

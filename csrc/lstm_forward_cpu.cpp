@@ -15,13 +15,15 @@ namespace {
 struct Direction {
   at::Tensor bias, sums;  // (4H); (N, 4H) or undefined
   Floats weight_x, weight_h, projection;
-  at::Tensor rows_x, rows_h;  // the weights themselves, where packing them is not worth it
+  at::Tensor rows_x, rows_h;  // the weights themselves, for LstmForm::rows
 };
 
 struct ForwardLayer {
   LstmShape shape;
-  at::Tensor input, h0, cell;  // float32: (N, I), (D, B, P), (D, B, Hr)
-  at::Tensor out, m;           // float32: (N, D P); (D, B, H) where there is a projection
+  LstmForm form;
+  at::Tensor input, h0;  // operands: (N, I), (D, B, P)
+  at::Tensor cell;       // float32 (D, B, Hr)
+  at::Tensor out, m;     // operands: (N, D P); (D, B, H) where there is a projection
   at::Tensor gates, cells;
   std::vector<Direction> directions;
   bool save;
@@ -30,7 +32,7 @@ struct ForwardLayer {
   void walk(const Part& part, Barrier& barrier, float* scratch) const;
 
  private:
-  void step(const Part& part, int64_t t, Range rows, const float* h, int64_t h_row, float* scratch) const;
+  void step(const Part& part, int64_t t, Range rows, const void* h, int64_t h_row, float* scratch) const;
   void project(const Part& part, int64_t t, Range rows, float* scratch) const;
 };
 
@@ -43,16 +45,19 @@ bool input_product_first(const LstmShape& shape) {
 // Rows of a call up to which packing the weights costs more than it gains.
 constexpr int64_t kFewRows = 64;
 
-bool use_weights_as_they_are(const LstmShape& shape) { return shape.steps == 1 && shape.rows <= kFewRows; }
+LstmForm forward_form(const LstmShape& shape, const LstmArgs& args) {
+  const LstmForm form = lstm_form(shape, args);
+  return form == LstmForm::panels && shape.steps == 1 && shape.rows <= kFewRows ? LstmForm::rows : form;
+}
 
-ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep) : shape(lstm_shape(args)), save(keep) {
+ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep) : shape(lstm_shape(args)), form(forward_form(shape, args)), save(keep) {
   const LstmShape& s = shape;
-  input = dense_float(args.input).view({s.rows, s.inputs});
-  h0 = dense_float(args.h0);
+  input = operand(args.input, form).view({s.rows, s.inputs});
+  h0 = operand(args.h0, form);
   cell = padded_state(args.c0, s.units());
   if (cell.is_alias_of(args.c0)) cell = cell.clone();  // it is overwritten step by step
   const auto floats = args.input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
-  out = at::empty({s.rows, s.directions * s.state}, floats);
+  out = at::empty({s.rows, s.directions * s.state}, is_half(form) ? args.input.options() : floats);
   if (s.projection) m = at::empty({s.directions, s.batch, s.hidden}, floats);
   gates = at::empty({0}, args.input.options());
   cells = at::empty({0}, floats);
@@ -64,23 +69,23 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep) : shape(lstm_shape(a
     const at::Tensor* weight = args.weights.data() + d * s.weights_per_direction();
     Direction& one = directions.emplace_back();
     one.bias = s.biases ? at::add(dense_float(weight[2]), dense_float(weight[3])) : at::zeros({4 * s.hidden}, floats);
-    if (s.projection) one.projection = pack_columns(weight[s.weights_per_direction() - 1].t());
-    if (use_weights_as_they_are(s)) {
+    if (s.projection) one.projection = pack_columns(weight[s.weights_per_direction() - 1].t(), LstmForm::panels);
+    if (form == LstmForm::rows) {
       one.rows_x = dense_float(weight[0]);
       one.rows_h = dense_float(weight[1]);
       continue;
     }
-    if (input_product_first(s)) {
+    if (!is_half(form) && input_product_first(s)) {
       one.sums = at::addmm(one.bias, input, dense_float(weight[0]).t());
     } else {
-      one.weight_x = pack_gates(weight[0], s.hidden);
+      one.weight_x = pack_gates(weight[0], s.hidden, form);
     }
-    one.weight_h = pack_gates(weight[1], s.hidden);
+    one.weight_h = pack_gates(weight[1], s.hidden, form);
   }
 }
 
 void ForwardLayer::step(
-    const Part& part, int64_t t, Range rows, const float* h, int64_t h_row, float* scratch) const {
+    const Part& part, int64_t t, Range rows, const void* h, int64_t h_row, float* scratch) const {
   if (rows.empty()) return;
   const int64_t d = part.direction, units = shape.units(), row = shape.first[static_cast<size_t>(t)] + rows.begin;
   const Direction& own = directions[static_cast<size_t>(d)];
@@ -92,23 +97,23 @@ void ForwardLayer::step(
   s.state = shape.state;
   if (own.sums.defined()) s.sums = own.sums.const_data_ptr<float>() + row * 4 * shape.hidden;
   s.sums_row = 4 * shape.hidden;
-  s.input = input.const_data_ptr<float>() + row * shape.inputs;
+  s.form = form;
+  s.input = at_element(input, row * shape.inputs);
   s.input_row = shape.inputs;
-  s.by_rows = own.rows_x.defined();
-  s.weight_x = s.by_rows ? own.rows_x.const_data_ptr<float>() : own.weight_x.get();
+  s.weight_x = form == LstmForm::rows ? own.rows_x.const_data_ptr() : own.weight_x.get();
   s.bias = own.bias.const_data_ptr<float>();
   s.h = h;
   s.h_row = h_row;
-  s.weight_h = s.by_rows ? own.rows_h.const_data_ptr<float>() : own.weight_h.get();
+  s.weight_h = form == LstmForm::rows ? own.rows_h.const_data_ptr() : own.weight_h.get();
   s.cell = cell.data_ptr<float>() + (d * shape.batch + rows.begin) * units;
   s.cell_row = units;
-  s.m = shape.projection ? m.data_ptr<float>() + (d * shape.batch + rows.begin) * shape.hidden
-                         : out.data_ptr<float>() + row * shape.directions * shape.state + d * shape.state;
+  s.m = shape.projection ? at_element(m, (d * shape.batch + rows.begin) * shape.hidden)
+                         : at_element(out, row * shape.directions * shape.state + d * shape.state);
   s.m_row = shape.projection ? shape.hidden : shape.directions * shape.state;
   s.gates_type = lstm_type(gates.scalar_type());
   if (save) {
     const int64_t saved = row * shape.directions + d;
-    s.gates = static_cast<char*>(gates.data_ptr()) + saved * 4 * units * static_cast<int64_t>(gates.element_size());
+    s.gates = at_element(gates, saved * 4 * units);
     s.gates_row = shape.directions * 4 * units;
     s.cells = cells.data_ptr<float>() + saved * units;
     s.cells_row = shape.directions * units;
@@ -139,11 +144,11 @@ void ForwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) cons
     const Range beginning{std::max(part.rows.begin, there), std::min(part.rows.end, active)};
     if (!going.empty()) {
       const int64_t row = shape.first[static_cast<size_t>(before)] + going.begin;
-      step(part, t, going, out.const_data_ptr<float>() + row * out_row + d * shape.state, out_row, scratch);
+      step(part, t, going, at_element(out, row * out_row + d * shape.state), out_row, scratch);
     }
     if (!beginning.empty()) {
-      const float* h = h0.const_data_ptr<float>() + (d * shape.batch + beginning.begin) * shape.state;
-      step(part, t, beginning, h, shape.state, scratch);
+      step(part, t, beginning, at_element(h0, (d * shape.batch + beginning.begin) * shape.state), shape.state,
+           scratch);
     }
     const Range rows{part.rows.begin, std::min(part.rows.end, active)};
     if (shape.projection && !rows.empty()) {

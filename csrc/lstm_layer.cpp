@@ -35,22 +35,43 @@ static void for_each(int64_t count, bool many, F f) {
 // Numbers to copy that are worth waking threads for.
 constexpr int64_t kManyNumbers = 1 << 17;
 
-Floats pack_gates(const at::Tensor& weight, int64_t hidden) {
-  const at::Tensor dense = dense_float(weight);
-  const float* from = dense.const_data_ptr<float>();
+LstmForm lstm_form(const LstmShape& shape, const LstmArgs& args) {
+  const bool half = args.input.scalar_type() == at::kBFloat16 && !shape.projection;
+  return half ? lstm_bf16() : LstmForm::panels;
+}
+
+Floats pack_gates(const at::Tensor& weight, int64_t hidden, LstmForm form) {
+  const at::Tensor dense = operand(weight, form);
   const int64_t depth = dense.size(1), blocks = (hidden + kUnits - 1) / kUnits;
-  Floats packed(blocks * depth * kGateColumns);
   const LstmKernels& kernels = lstm_kernels();
+  if (is_half(form)) {
+    const int64_t panel = lstm_bf16_panel(depth);
+    Floats packed(blocks * panel / 2);
+    for_each(blocks, blocks * panel > kManyNumbers, [&](int64_t block) {
+      kernels.pack_gates_bf16(dense.const_data_ptr(), hidden, depth, block, packed + block * panel / 2);
+    });
+    return packed;
+  }
+  const float* from = dense.const_data_ptr<float>();
+  Floats packed(blocks * depth * kGateColumns);
   for_each(blocks, blocks * depth * kGateColumns > kManyNumbers, [&](int64_t block) {
     kernels.pack_gates(from, depth, hidden, depth, block, packed + block * depth * kGateColumns);
   });
   return packed;
 }
 
-Floats pack_columns(const at::Tensor& matrix) {
-  const at::Tensor dense = dense_float(matrix);
-  const float* from = dense.const_data_ptr<float>();
+Floats pack_columns(const at::Tensor& matrix, LstmForm form) {
+  const at::Tensor dense = operand(matrix, form);
   const int64_t depth = dense.size(0), columns = dense.size(1), count = panels(columns);
+  if (is_half(form)) {
+    const int64_t panel = lstm_bf16_panel(depth);
+    Floats packed(count * panel / 2);
+    for_each(count, count * panel > kManyNumbers, [&](int64_t index) {
+      lstm_kernels().pack_columns_bf16(dense.const_data_ptr(), depth, columns, index, packed + index * panel / 2);
+    });
+    return packed;
+  }
+  const float* from = dense.const_data_ptr<float>();
   Floats packed(count * depth * kGateColumns);
   for_each(count, count * depth * kGateColumns > kManyNumbers, [&](int64_t panel) {
     const int64_t here = std::min(kGateColumns, columns - panel * kGateColumns);
@@ -65,7 +86,7 @@ Floats pack_columns(const at::Tensor& matrix) {
 
 at::Tensor gate_rows(const at::Tensor& weight, int64_t hidden) {
   const int64_t units = round_up(hidden, kUnits), features = weight.numel() / (4 * hidden);
-  at::Tensor gates = dense_float(weight).view({4, hidden, features});
+  at::Tensor gates = weight.contiguous().view({4, hidden, features});
   if (units != hidden) gates = at::constant_pad_nd(gates, {0, 0, 0, units - hidden});
   return gates.view({4, units / kUnits, kUnits, features}).transpose(0, 1).reshape({4 * units, features});
 }

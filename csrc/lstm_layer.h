@@ -29,6 +29,19 @@ at::Tensor dense_float(const at::Tensor& tensor);
 
 Type lstm_type(at::ScalarType type);
 
+// How the products of a call are made, in the types of its tensors.
+LstmForm lstm_form(const LstmShape& shape, const LstmArgs& args);
+
+// `tensor` contiguous, as bfloat16 where the form takes that, else as float32.
+inline at::Tensor operand(const at::Tensor& tensor, LstmForm form) {
+  return is_half(form) ? tensor.contiguous() : dense_float(tensor);
+}
+
+// Where element `offset` of such an operand stands.
+inline char* at_element(const at::Tensor& tensor, int64_t offset) {
+  return static_cast<char*>(tensor.data_ptr()) + offset * static_cast<int64_t>(tensor.element_size());
+}
+
 // Panels of 64 columns.
 inline int64_t panels(int64_t columns) { return (columns + kGateColumns - 1) / kGateColumns; }
 
@@ -38,10 +51,10 @@ inline Range share(int64_t count, int64_t part, int64_t parts) {
 }
 
 // W (4H, K) as panels (Hr / 16, K, 64), one per block of units: what the forward multiplies x or h with.
-Floats pack_gates(const at::Tensor& weight, int64_t hidden);
+Floats pack_gates(const at::Tensor& weight, int64_t hidden, LstmForm form);
 
 // A matrix (K, columns) as panels (columns / 64 rounded up, K, 64), zeros beyond the columns.
-Floats pack_columns(const at::Tensor& matrix);
+Floats pack_columns(const at::Tensor& matrix, LstmForm form);
 
 // W (4H, K) or b (4H) with its rows in the order of the sums, (4Hr, ...); and the way back, for a gradient.
 at::Tensor gate_rows(const at::Tensor& weight, int64_t hidden);

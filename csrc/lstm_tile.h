@@ -47,20 +47,49 @@ static void lstm_pack_gates(
     }
 }
 
-// kLanes saved gates.
-template <class T>
-static inline vec load_gates(const T* p) {
+// kLanes numbers of a saved type.
+typedef uint16_t half_words __attribute__((vector_size(kLanes * 2)));
+typedef uint32_t words __attribute__((vector_size(kLanes * 4)));
+
+static inline vec load_as(const float* p) { return load(p); }
+static inline vec load_as(const BFloat16* p) {
+  half_words bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return (vec)(__builtin_convertvector(bits, words) << 16);
+}
+static inline vec load_as(const Half* p) {
   float wide[kLanes];
   for (int i = 0; i < kLanes; ++i) wide[i] = to_float(p[i]);
   return load(wide);
 }
-static inline vec load_gates(const float* p) { return load(p); }
 
-template <class T>
-static inline void store_gates(T* p, vec v) {
-  for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
+static inline void store_as(float* p, vec v) { store(p, v); }
+static inline void store_as(BFloat16* p, vec v) {  // as from_float: to nearest, ties to even
+  const words bits = (words)v;
+  const words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const half_words narrow = __builtin_convertvector(v == v ? rounded : words{} + 0x7fc0u, half_words);
+  __builtin_memcpy(p, &narrow, sizeof narrow);
 }
-static inline void store_gates(float* p, vec v) { store(p, v); }
+static inline void store_as(Half* p, vec v) {
+  float wide[kLanes];
+  store(wide, v);
+  for (int i = 0; i < kLanes; ++i) from_float(wide[i], p + i);
+}
+
+// Calls f with a null pointer of the saved type.
+template <class F>
+static inline void with_saved_type(Type type, F f) {
+  switch (type) {
+    case Type::half: return f((Half*)nullptr);
+    case Type::bfloat16: return f((BFloat16*)nullptr);
+    default: return f((float*)nullptr);
+  }
+}
+
+static inline void store_lanes(BFloat16* p, vec v, int64_t count) {
+  if (count >= kLanes) return store_as(p, v);
+  for (int64_t i = 0; i < count; ++i) from_float(v[i], p + i);
+}
 
 // A null pointer stays null.
 template <class T>
@@ -93,40 +122,70 @@ static inline void lstm_dots(
     for (int u = 0; u < min(units, count); ++u) sums[gate * kUnits + u] += dots[0][gate * units + u];
 }
 
+// The left operand of a product, copied for a group of rows: rows a multiple of 4 kB apart would fall into the same sets
+// of the first-level cache and throw one another out.
+struct LstmLeft {
+  const void* data = nullptr;
+  int64_t row = 0;
+};
+
+#include "lstm_bf16.h"
+
+// `to` is scratch, and is moved behind what is taken.
+static inline LstmLeft lstm_left(
+    LstmForm form, const void* from, int64_t from_row, int64_t first, int64_t rows, int64_t depth, float*& to) {
+  if (is_half(form)) {
+    const LstmLeft left = lstm_left_bf16((const BFloat16*)from + first * from_row, from_row, rows, depth, to);
+    to += round_up(rows, kTileRows) * left.row / 2;
+    return left;
+  }
+  const int64_t row = round_up(depth, kPad) + kPad;
+  const float* read = (const float*)from + first * from_row;
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t k = 0;
+    for (; k + kLanes <= depth; k += kLanes) store(to + r * row + k, load(read + r * from_row + k));
+    for (; k < depth; ++k) to[r * row + k] = read[r * from_row + k];
+  }
+  const LstmLeft left{to, row};
+  to += rows * row;
+  return left;
+}
+
+// sums (rows, 64) += left (rows, depth) times one panel of the weights; `columns` of it, a multiple of kPad, are there.
+static void lstm_multiply(
+    LstmForm form, int64_t rows, int64_t columns, int64_t depth, LstmLeft left, const void* weight, int64_t panel,
+    float* sums) {
+  if (is_half(form)) {
+    const BFloat16* from = (const BFloat16*)weight + panel * lstm_bf16_panel(depth);
+    return lstm_multiply_bf16(form, rows, left, depth, from, sums);
+  }
+  gemm<true>(rows, columns, depth, {(const float*)left.data, left.row, 1},
+             (const float*)weight + panel * depth * kGateColumns, kGateColumns, sums, kGateColumns, true);
+}
+
 // Rows below which dot products along the rows of W beat packing a block of it into a panel.
 constexpr int64_t kRowsWorthPacking = 12;
 
 // sums (rows, 64) += left times the gates of one block, from W (4H, K) as it is; `panel` is scratch for (K, 64).
 static void lstm_rows_of_weight(
-    int64_t rows, int64_t depth, Matrix left, const float* weight, int64_t hidden, int64_t block, float* sums,
+    int64_t rows, int64_t depth, LstmLeft left, const void* weights, int64_t hidden, int64_t block, float* sums,
     float* panel) {
+  const float *weight = (const float*)weights, *from = (const float*)left.data;
   if (rows >= kRowsWorthPacking) {
     lstm_pack_gates(weight, depth, hidden, depth, block, panel);
-    return gemm(rows, kGateColumns, depth, left, panel, kGateColumns, sums, kGateColumns, true);
+    return gemm(rows, kGateColumns, depth, {from, left.row, 1}, panel, kGateColumns, sums, kGateColumns, true);
   }
   const int64_t first = block * kUnits, there = min(kUnits, hidden - first);
   for (int64_t unit = 0; unit < there; unit += kLanes / 4)
     for (int64_t row = 0; row < rows; ++row)
       lstm_dots(
-          depth, left.data + row * left.row, weight + (first + unit) * depth, hidden * depth, there - unit,
+          depth, from + row * left.row, weight + (first + unit) * depth, hidden * depth, there - unit,
           sums + row * kGateColumns + unit);
-}
-
-// The left operands of the products, copied for a group of rows: rows a multiple of 4 kB apart would fall into the same
-// sets of the first-level cache and throw one another out.
-static inline Matrix lstm_left(const float* from, int64_t from_row, int64_t rows, int64_t depth, float* to) {
-  const int64_t row = round_up(depth, kPad) + kPad;
-  for (int64_t r = 0; r < rows; ++r) {
-    int64_t k = 0;
-    for (; k + kLanes <= depth; k += kLanes) store(to + r * row + k, load(from + r * from_row + k));
-    for (; k < depth; ++k) to[r * row + k] = from[r * from_row + k];
-  }
-  return {to, row, 1};
 }
 
 // The sums of rows [row, row + rows) for one block, to the scratch (rows, 64).
 static void lstm_sums(
-    const LstmForwardStep& s, int64_t row, int64_t rows, int64_t block, Matrix input, Matrix h, float* sums,
+    const LstmForwardStep& s, int64_t row, int64_t rows, int64_t block, LstmLeft input, LstmLeft h, float* sums,
     float* panel) {
   const float* first = s.sums ? s.sums + row * s.sums_row : s.bias;
   const int64_t step = s.sums ? s.sums_row : 0, unit = block * kUnits;
@@ -135,70 +194,63 @@ static void lstm_sums(
       for (int64_t j = 0; j < kUnits; j += kLanes)
         store(sums + r * kGateColumns + gate * kUnits + j,
               load_lanes(first + r * step + gate * s.hidden + unit + j, s.hidden - unit - j));
-  if (s.by_rows) {
+  if (s.form == LstmForm::rows) {
     lstm_rows_of_weight(rows, s.inputs, input, s.weight_x, s.hidden, block, sums, panel);
     return lstm_rows_of_weight(rows, s.state, h, s.weight_h, s.hidden, block, sums, panel);
   }
-  if (!s.sums)
-    gemm<true>(rows, kGateColumns, s.inputs, input, s.weight_x + block * s.inputs * kGateColumns, kGateColumns, sums,
-         kGateColumns, true);
-  gemm<true>(rows, kGateColumns, s.state, h, s.weight_h + block * s.state * kGateColumns, kGateColumns, sums, kGateColumns,
-       true);
+  if (!s.sums) lstm_multiply(s.form, rows, kGateColumns, s.inputs, input, s.weight_x, block, sums);
+  lstm_multiply(s.form, rows, kGateColumns, s.state, h, s.weight_h, block, sums);
 }
 
 // From the sums to the new states of kLanes units of one row; `unit` counts them.
-template <class T>
-static inline void lstm_units(const LstmForwardStep& s, int64_t row, int64_t unit, const float* sums, T* gates_out) {
+template <class Saved, class Out>
+static inline void lstm_units(const LstmForwardStep& s, int64_t row, int64_t unit, const float* sums) {
   const int64_t within = unit % kUnits;
-  const float* from = sums + within;
   const Gates<vec> gates =
-      lstm_activate(load(from), load(from + kUnits), load(from + 2 * kUnits), load(from + 3 * kUnits));
+      lstm_activate(load(sums), load(sums + kUnits), load(sums + 2 * kUnits), load(sums + 3 * kUnits));
   float* cell = s.cell + row * s.cell_row + unit;
   const vec state = lstm_cell_state(gates, load(cell));
   store(cell, state);
   if (s.cells) store(s.cells + row * s.cells_row + unit, state);
-  store_lanes(s.m + row * s.m_row + unit, gates.o * tanh(state), s.hidden - unit);
-  if (gates_out) {
-    T* to = gates_out + row * s.gates_row + (unit - within) * 4 + within;
-    store_gates(to, gates.i);
-    store_gates(to + kUnits, gates.f);
-    store_gates(to + 2 * kUnits, gates.g);
-    store_gates(to + 3 * kUnits, gates.o);
+  store_lanes((Out*)s.m + row * s.m_row + unit, gates.o * tanh(state), s.hidden - unit);
+  if (s.gates) {
+    Saved* to = (Saved*)s.gates + row * s.gates_row + (unit - within) * 4 + within;
+    store_as(to, gates.i);
+    store_as(to + kUnits, gates.f);
+    store_as(to + 2 * kUnits, gates.g);
+    store_as(to + 3 * kUnits, gates.o);
+  }
+}
+
+template <class Saved, class Out>
+static void lstm_forward_rows(const LstmForwardStep& s, Range blocks, float* sums) {
+  for (int64_t row = 0; row < s.rows; row += kLstmRows) {
+    const int64_t rows = min(kLstmRows, s.rows - row);
+    float* scratch = sums + kLstmRows * kGateColumns;
+    const LstmLeft h = lstm_left(s.form, s.h, s.h_row, row, rows, s.state, scratch);
+    const LstmLeft input =
+        s.sums ? LstmLeft{} : lstm_left(s.form, s.input, s.input_row, row, rows, s.inputs, scratch);
+    for (int64_t i = blocks.begin; i < blocks.end; ++i) {
+      const int64_t block = s.descending ? blocks.end - 1 - (i - blocks.begin) : i;
+      lstm_sums(s, row, rows, block, input, h, sums, scratch);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t unit = 0; unit < kUnits; unit += kLanes)
+          lstm_units<Saved, Out>(s, row + r, block * kUnits + unit, sums + r * kGateColumns + unit);
+    }
   }
 }
 
 static void lstm_forward(const LstmForwardStep& s, Range blocks, float* scratch) {
-  with_float_type(s.gates_type, [&](auto* type) {
-    using T = __typeof__(*type);
-    for (int64_t row = 0; row < s.rows; row += kLstmRows) {
-      const int64_t rows = min(kLstmRows, s.rows - row);
-      float* left = scratch + kLstmRows * kGateColumns;
-      const Matrix h = lstm_left(s.h + row * s.h_row, s.h_row, rows, s.state, left);
-      const Matrix input = s.sums ? h
-          : lstm_left(s.input + row * s.input_row, s.input_row, rows, s.inputs, left + rows * h.row);
-      float* panel = left + rows * (h.row + input.row);
-      for (int64_t i = blocks.begin; i < blocks.end; ++i) {
-        const int64_t block = s.descending ? blocks.end - 1 - (i - blocks.begin) : i;
-        lstm_sums(s, row, rows, block, input, h, scratch, panel);
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t unit = 0; unit < kUnits; unit += kLanes)
-            lstm_units(s, row + r, block * kUnits + unit, scratch + r * kGateColumns, (T*)s.gates);
-      }
-    }
-  });
-}
-
-template <class S>
-static inline Matrix lstm_left_of(const S& s, int64_t row, int64_t rows, float* scratch) {
-  if (!s.left) return {};
-  return lstm_left(s.left + row * s.left_row, s.left_row, rows, s.depth, scratch + kLstmRows * kGateColumns);
+  const Tiles tiles(s.form == LstmForm::tiles);
+  if (is_half(s.form)) return lstm_forward_rows<BFloat16, BFloat16>(s, blocks, scratch);
+  with_saved_type(s.gates_type, [&](auto* type) { lstm_forward_rows<__typeof__(*type), float>(s, blocks, scratch); });
 }
 
 // start + start2 + left * weight for rows [row, row + rows) and one panel, to the scratch (rows, 64). Columns that do not
 // exist are zero, up to the next multiple of kPad.
 template <class S>
 static void lstm_product_tile(
-    const S& s, int64_t columns, Matrix left, int64_t row, int64_t rows, int64_t panel, float* out) {
+    const S& s, int64_t columns, LstmLeft left, int64_t row, int64_t rows, int64_t panel, float* out) {
   const int64_t first = panel * kGateColumns, here = min(kGateColumns, columns - first);
   for (int64_t r = 0; r < rows; ++r) {
     float* to = out + r * kGateColumns;
@@ -211,60 +263,67 @@ static void lstm_product_tile(
       store(to + j, sum);
     }
   }
-  if (s.left)
-    gemm<true>(rows, round_up(here, kPad), s.depth, left, s.weight + panel * s.depth * kGateColumns, kGateColumns, out,
-         kGateColumns, true);
+  if (s.left) lstm_multiply(s.form, rows, round_up(here, kPad), s.depth, left, s.weight, panel, out);
 }
 
-template <class T>
+template <class Saved, class Sums>
 static inline void lstm_units_backward(const LstmBackwardStep& s, int64_t row, int64_t unit, vec dm) {
   const int64_t within = unit % kUnits, column = (unit - within) * 4 + within;
-  const T* saved = (const T*)s.gates + row * s.gates_row + column;
-  const Gates<vec> gates{load_gates(saved), load_gates(saved + kUnits), load_gates(saved + 2 * kUnits),
-                         load_gates(saved + 3 * kUnits)};
+  const Saved* saved = (const Saved*)s.gates + row * s.gates_row + column;
+  const Gates<vec> gates{load_as(saved), load_as(saved + kUnits), load_as(saved + 2 * kUnits),
+                         load_as(saved + 3 * kUnits)};
   const vec tanh_c = tanh(load(s.cells + row * s.cells_row + unit));
   float* dcell = s.dcell + row * s.dcell_row + unit;
   const CellGradient<vec> grad =
       lstm_cell_gradient(gates, load(s.previous + row * s.previous_row + unit), tanh_c, dm, load(dcell));
   store(dcell, grad.previous);
-  float* to = s.dsums + row * s.dsums_row + column;
-  store(to, grad.gates.i);
-  store(to + kUnits, grad.gates.f);
-  store(to + 2 * kUnits, grad.gates.g);
-  store(to + 3 * kUnits, grad.gates.o);
+  Sums* to = (Sums*)s.dsums + row * s.dsums_row + column;
+  store_as(to, grad.gates.i);
+  store_as(to + kUnits, grad.gates.f);
+  store_as(to + 2 * kUnits, grad.gates.g);
+  store_as(to + 3 * kUnits, grad.gates.o);
   if (s.m) store_lanes(s.m + row * s.m_row + unit, gates.o * tanh_c, s.hidden - unit);
 }
 
-static void lstm_backward(const LstmBackwardStep& s, Range panels, float* scratch) {
-  with_float_type(s.gates_type, [&](auto* type) {
-    using T = __typeof__(*type);
-    for (int64_t row = 0; row < s.rows; row += kLstmRows) {
-      const int64_t rows = min(kLstmRows, s.rows - row);
-      const Matrix left = lstm_left_of(s, row, rows, scratch);
-      for (int64_t i = panels.begin; i < panels.end; ++i) {
-        const int64_t panel = s.descending ? panels.end - 1 - (i - panels.begin) : i;
-        lstm_product_tile(s, s.hidden, left, row, rows, panel, scratch);
-        const int64_t first = panel * kGateColumns, here = min(kGateColumns, round_up(s.hidden, kUnits) - first);
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t j = 0; j < here; j += kLanes)
-            lstm_units_backward<T>(s, row + r, first + j, load(scratch + r * kGateColumns + j));
-      }
-    }
-  });
-}
-
-static void lstm_product(const LstmProduct& s, Range panels, float* scratch) {
+template <class Saved, class Sums>
+static void lstm_backward_rows(const LstmBackwardStep& s, Range panels, float* sums) {
   for (int64_t row = 0; row < s.rows; row += kLstmRows) {
     const int64_t rows = min(kLstmRows, s.rows - row);
-    const Matrix left = lstm_left_of(s, row, rows, scratch);
-    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      lstm_product_tile(s, s.columns, left, row, rows, panel, scratch);
-      const int64_t first = panel * kGateColumns, here = min(kGateColumns, s.columns - first);
+    float* scratch = sums + kLstmRows * kGateColumns;
+    const LstmLeft left = s.left ? lstm_left(s.form, s.left, s.left_row, row, rows, s.depth, scratch) : LstmLeft{};
+    for (int64_t i = panels.begin; i < panels.end; ++i) {
+      const int64_t panel = s.descending ? panels.end - 1 - (i - panels.begin) : i;
+      lstm_product_tile(s, s.hidden, left, row, rows, panel, sums);
+      const int64_t first = panel * kGateColumns, here = min(kGateColumns, round_up(s.hidden, kUnits) - first);
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t j = 0; j < here; j += kLanes)
-          store_lanes(s.out + (row + r) * s.out_row + first + j, load(scratch + r * kGateColumns + j), here - j);
+          lstm_units_backward<Saved, Sums>(s, row + r, first + j, load(sums + r * kGateColumns + j));
     }
   }
 }
 
-static const LstmKernels lstm_table = {lstm_pack_gates, lstm_forward, lstm_backward, lstm_product};
+static void lstm_backward(const LstmBackwardStep& s, Range panels, float* scratch) {
+  const Tiles tiles(s.form == LstmForm::tiles);
+  if (is_half(s.form)) return lstm_backward_rows<BFloat16, BFloat16>(s, panels, scratch);
+  with_saved_type(s.gates_type, [&](auto* type) { lstm_backward_rows<__typeof__(*type), float>(s, panels, scratch); });
+}
+
+static void lstm_product(const LstmProduct& s, Range panels, float* sums) {
+  const Tiles tiles(s.form == LstmForm::tiles);
+  for (int64_t row = 0; row < s.rows; row += kLstmRows) {
+    const int64_t rows = min(kLstmRows, s.rows - row);
+    float* scratch = sums + kLstmRows * kGateColumns;
+    const LstmLeft left = s.left ? lstm_left(s.form, s.left, s.left_row, row, rows, s.depth, scratch) : LstmLeft{};
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      lstm_product_tile(s, s.columns, left, row, rows, panel, sums);
+      const int64_t first = panel * kGateColumns, here = min(kGateColumns, s.columns - first);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t j = 0; j < here; j += kLanes)
+          store_lanes(s.out + (row + r) * s.out_row + first + j, load(sums + r * kGateColumns + j), here - j);
+    }
+  }
+}
+
+static const LstmKernels lstm_table = {
+    lstm_pack_gates, lstm_pack_gates_bf16, lstm_pack_columns_bf16, lstm_forward, lstm_backward, lstm_product,
+};

@@ -198,8 +198,9 @@ FASTATTN_INLINE int64_t first_row(const Steps& steps, int64_t t) {
 }
 
 // Rows of the batch that step t has; 0 before the first and after the last.
-FASTATTN_INLINE int64_t rows_of(const Steps& steps, int64_t t) {
-  return t < 0 || t >= steps.count ? 0 : first_row(steps, t + 1) - first_row(steps, t);
+FASTATTN_INLINE int rows_of(const Steps& steps, int64_t t) {
+  if (t < 0 || t >= steps.count) return 0;
+  return static_cast<int>(steps.first ? steps.first[t + 1] - steps.first[t] : steps.batch);
 }
 
 }  // namespace fastattn::cuda

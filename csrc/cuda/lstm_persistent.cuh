@@ -64,29 +64,28 @@ struct Weights {
   }
 };
 
-// The bits of the elements e that at(e) points to, 0 for null; float32 rounded to tf32 unless EXACT.
-template <class T, bool EXACT, class At>
-FASTATTN_INLINE Vector16 gather(At at) {
+// The bits of elements 0 to count - 1 at p, 0 for the rest of a vector; float32 rounded to tf32 unless EXACT.
+template <class T, bool EXACT>
+FASTATTN_INLINE Vector16 gather(const T* p, int64_t stride, int64_t count) {
   Vector16 result{};
 #pragma unroll
   for (int e = 0; e < kVector<T>; ++e) {
-    const T* p = at(e);
     if constexpr (sizeof(T) == 4) {
-      const float x = p ? *p : 0.0f;
+      const float x = e < count ? p[e * stride] : 0.0f;
       result.word[e] = EXACT ? float_to_bits(x) : to_tf32(x);
     } else {
-      const uint32_t bits = p ? *reinterpret_cast<const uint16_t*>(p) : 0u;
+      const uint32_t bits = e < count ? reinterpret_cast<const uint16_t*>(p)[e * stride] : 0u;
       result.word[e / 2] |= bits << (e % 2 * 16);
     }
   }
   return result;
 }
 
-// The place in the depth of element e of this lane's vector in block `block` of its warp.
+// The place in the depth of this lane's vector in block `block` of its warp.
 template <class T>
-FASTATTN_INLINE int depth_of(int block, int e) {
+FASTATTN_INLINE int depth_of(int block) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  return (block * kWarps + warp) * kDepth<T> + lane % 4 * kVector<T> + e;
+  return (block * kWarps + warp) * kDepth<T> + lane % 4 * kVector<T>;
 }
 
 // Split anew at every use: kept for all steps, the halves of the weights would take twice their registers.
@@ -109,7 +108,7 @@ FASTATTN_INLINE void multiply(
   const int row = threadIdx.x % 32 / 4;
 #pragma unroll
   for (int block = 0; block < BLOCKS; ++block) {
-    const int k = depth_of<T>(block, 0);
+    const int k = depth_of<T>(block);
     Vector16 state[COLUMNS];
 #pragma unroll
     for (int c = 0; c < COLUMNS; ++c)
@@ -160,16 +159,15 @@ FASTATTN_INLINE Owner owner(const Args& a) {
 }
 
 // How many rows of a group step t has, given how many rows of the batch it has.
-FASTATTN_INLINE int group_rows(int64_t rows, int group, int64_t groups) {
-  return rows <= group ? 0 : static_cast<int>((rows - group + groups - 1) / groups);
+FASTATTN_INLINE int group_rows(int rows, int group, int groups) {
+  return rows <= group ? 0 : (rows - group + groups - 1) / groups;
 }
 
 // The steps in which a group has any row: the first ones, as steps never grow.
-FASTATTN_INLINE int64_t group_steps(const Steps& steps, int group) {
-  if (!steps.first) return group < steps.batch ? steps.count : 0;
-  int64_t begin = 0, end = steps.count;  // [0, begin) have, [end, T) have not
+FASTATTN_INLINE int group_steps(const Steps& steps, int group) {
+  int begin = 0, end = static_cast<int>(steps.count);  // [0, begin) have, [end, T) have not
   while (begin < end) {
-    const int64_t middle = (begin + end) / 2;
+    const int middle = (begin + end) / 2;
     if (rows_of(steps, middle) > group)
       begin = middle + 1;
     else

@@ -12,20 +12,21 @@ constexpr int kPitch = kRows + 1;
 
 constexpr int kPartials = kWarps * kUnits * kPitch;  // floats of one set of partial sums
 
-// Rows of G are (4, units): the depth is gate by gate, each padded to `units`.
+// Rows of G are (4, units): the depth is gate by gate, each padded to `units`, which no vector straddles.
 template <class T, bool EXACT, int BLOCKS>
 FASTATTN_INLINE void load_weights(
-    const T* w, int64_t hidden, int64_t units, int unit_block, Weights<1, BLOCKS>& weights) {
+    const T* w, int64_t hidden, int units, int unit_block, Weights<1, BLOCKS>& weights) {
 #pragma unroll
-  for (int block = 0; block < BLOCKS; ++block)
+  for (int block = 0; block < BLOCKS; ++block) {
+    const int gate = depth_of<T>(block) / units, k = depth_of<T>(block) % units;
 #pragma unroll
     for (int octet = 0; octet < 2; ++octet) {
       const int64_t unit = unit_block * kUnits + octet * 8 + threadIdx.x % 32 / 4;
-      weights.set(block, octet, gather<T, EXACT>([&](int e) -> const T* {
-        const int64_t gate = depth_of<T>(block, e) / units, k = depth_of<T>(block, e) % units;
-        return unit < hidden && gate < 4 && k < hidden ? w + (gate * hidden + k) * hidden + unit : nullptr;
-      }));
+      const int64_t count = unit < hidden && gate < 4 ? hidden - k : 0;
+      weights.set(block, octet, gather<T, EXACT>(w + (gate * hidden + k) * hidden + unit, hidden, count));
     }
+    __syncthreads();  // the assembler would otherwise issue all these loads at once, into registers it has not
+  }
 }
 
 // This warp's share of the sums of 8 COLUMNS rows, to shared memory.
@@ -50,35 +51,37 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
   float* grad_cell = partials + 2 * kPartials;  // a thread's own: no barrier around it
 
   const Owner own = owner(a);
-  const int d = own.direction;
-  const BackwardCells& cells = a.cells[d];
-  const int64_t H = cells.hidden, width = 4 * cells.unit_stride, stride = a.groups * width;
-  const bool reverse = a.reverse[d];
-  uint32_t* arrivals = a.arrivals + d * a.groups + own.group;
-  T* grad_gates = static_cast<T*>(cells.grad_gates) + own.group * width;
+  const int64_t H = a.cells[0].hidden, width = 4 * a.cells[0].unit_stride, stride = a.groups * width;
+  const bool reverse = a.reverse[own.direction];
+  uint32_t* arrivals = a.arrivals + own.direction * a.groups + own.group;
+  T* grad_gates = static_cast<T*>(a.cells[own.direction].grad_gates) + own.group * width;
   Weights<1, BLOCKS> weights;
   weights.shared = reinterpret_cast<Vector16*>(grad_cell + kMaxGroupRows * kUnits);
-  load_weights<T, EXACT>(static_cast<const T*>(a.weight[d]), H, cells.unit_stride, own.unit_block, weights);
+  load_weights<T, EXACT>(static_cast<const T*>(a.weight[own.direction]), H, static_cast<int>(a.cells[own.direction].unit_stride), own.unit_block, weights);
 
   const int unit = threadIdx.x % kUnits, lane_row = threadIdx.x / kUnits;
-  const int64_t j = own.unit_block * kUnits + unit;
-  const int64_t steps = group_steps(a.steps, own.group);
+  const int groups = static_cast<int>(a.groups), j = own.unit_block * kUnits + unit;
+  const int steps = group_steps(a.steps, own.group);
   int turn = 0;
-  for (int64_t s = 0; s < steps; ++s) {
+  for (int s = 0; s < steps; ++s) {
+    // Read the arguments anew at each step: kept over all of them, they would take the registers of weights.
+    uint32_t d = own.direction;
+    opaque(d);
+    const BackwardCells& cells = a.cells[d];
     // Against the forward's order: `after` is the step done just now, `before` the one whose cells these come from.
-    const int64_t t = reverse ? s : steps - 1 - s, first = first_row(a.steps, t);
-    const int64_t after = reverse ? t - 1 : t + 1, before = reverse ? t + 1 : t - 1;
-    const int64_t previous_first = first_row(a.steps, before), previous_rows = rows_of(a.steps, before);
-    const int rows = group_rows(rows_of(a.steps, t), own.group, a.groups);
-    const int rows_after = group_rows(rows_of(a.steps, after), own.group, a.groups);
+    const int t = reverse ? s : steps - 1 - s, after = reverse ? t - 1 : t + 1, before = reverse ? t + 1 : t - 1;
+    const int64_t first = first_row(a.steps, t);
+    const int previous_rows = rows_of(a.steps, before);
+    const int rows = group_rows(rows_of(a.steps, t), own.group, groups);
+    const int rows_after = group_rows(rows_of(a.steps, after), own.group, groups);
     const int carried = rows < rows_after ? rows : rows_after;  // the others end with this step
     for (int begin = 0; begin < rows; begin += kRows) {
       const int i = begin + lane_row;
       const bool mine = i < rows && j < H;
-      const int64_t b = own.group + i * a.groups;
+      const int b = own.group + i * groups;
       Saved saved{};
-      if (mine) saved = load_saved<T>(cells, first + b, b < previous_rows ? previous_first + b : -1, b, j);
-      if (begin == 0 && s > 0) wait(arrivals, static_cast<uint32_t>(s * a.unit_blocks));
+      if (mine) saved = load_saved<T>(cells, first + b, b < previous_rows ? first_row(a.steps, before) + b : -1, b, j);
+      if (begin == 0 && s > 0) wait(arrivals, static_cast<uint32_t>(s) * static_cast<uint32_t>(a.unit_blocks));
 
       const float* partial = partials + turn * kPartials;
       if (begin < carried) {

@@ -16,13 +16,13 @@ template <class T, bool EXACT, int BLOCKS>
 FASTATTN_INLINE void load_weights(const T* w, int64_t hidden, int unit_block, Weights<2, BLOCKS>& weights) {
   const int64_t unit = unit_block * kUnits + threadIdx.x % 32 / 4;
 #pragma unroll
-  for (int block = 0; block < BLOCKS; ++block)
+  for (int block = 0; block < BLOCKS; ++block) {
+    const int64_t k = depth_of<T>(block), count = unit < hidden ? hidden - k : 0;
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate)
-      weights.set(block, gate, gather<T, EXACT>([&](int e) -> const T* {
-        const int k = depth_of<T>(block, e);
-        return unit < hidden && k < hidden ? w + (gate * hidden + unit) * hidden + k : nullptr;
-      }));
+      weights.set(block, gate, gather<T, EXACT>(w + (gate * hidden + unit) * hidden + k, 1, count));
+    __syncthreads();  // the assembler would otherwise issue all these loads at once, into registers it has not
+  }
 }
 
 // This warp's share of the sums of 8 COLUMNS rows, to shared memory.
@@ -61,37 +61,40 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   auto* cell_state = reinterpret_cast<float*>(partials + 2 * kPartials);  // a thread's own: no barrier around it
 
   const Owner own = owner(a);
-  const int d = own.direction;
-  const ForwardCells& cells = a.cells[d];
-  const int64_t H = cells.hidden, stride = a.groups * a.depth;
-  const bool reverse = a.reverse[d];
-  uint32_t* arrivals = a.arrivals + d * a.groups + own.group;
-  T* exchange = static_cast<T*>(a.exchange[d]) + own.group * a.depth;
+  const int64_t H = a.cells[0].hidden, stride = a.groups * a.depth;
+  const bool reverse = a.reverse[own.direction];
+  uint32_t* arrivals = a.arrivals + own.direction * a.groups + own.group;
+  T* exchange = static_cast<T*>(a.exchange[own.direction]) + own.group * a.depth;
   Weights<2, BLOCKS> weights;
   weights.shared = reinterpret_cast<Vector16*>(cell_state + kMaxGroupRows * kUnits);
-  load_weights<T, EXACT>(static_cast<const T*>(a.weight[d]), H, own.unit_block, weights);
+  load_weights<T, EXACT>(static_cast<const T*>(a.weight[own.direction]), H, own.unit_block, weights);
 
   const int unit = threadIdx.x % kUnits, lane_row = threadIdx.x / kUnits;
-  const int64_t j = own.unit_block * kUnits + unit;
-  const Gates<float> bias = j < H ? bias_sums<T>(cells, j) : Gates<float>{};
-  const int most = group_rows(a.steps.batch, own.group, a.groups);
+  const int groups = static_cast<int>(a.groups), j = own.unit_block * kUnits + unit;
+  const Gates<float> bias = j < H ? bias_sums<T>(a.cells[own.direction], j) : Gates<float>{};
+  const int most = group_rows(static_cast<int>(a.steps.batch), own.group, groups);
   for (int i = lane_row; i < most && j < H; i += kRows)
-    cell_state[i * kUnits + unit] = element<T>(a.c0[d], (own.group + i * a.groups) * H + j);
+    cell_state[i * kUnits + unit] = element<T>(a.c0[own.direction], (own.group + i * groups) * H + j);
 
-  const int64_t steps = group_steps(a.steps, own.group);
+  const int steps = group_steps(a.steps, own.group);
   int turn = 0;
-  for (int64_t s = 0; s < steps; ++s) {
-    const int64_t t = reverse ? steps - 1 - s : s, first = first_row(a.steps, t);
-    const int rows = group_rows(rows_of(a.steps, t), own.group, a.groups);
-    const int64_t after = rows_of(a.steps, reverse ? t - 1 : t + 1);  // rows that go on
+  for (int s = 0; s < steps; ++s) {
+    // Read the arguments anew at each step: kept over all of them, they would take the registers of weights.
+    uint32_t d = own.direction;
+    opaque(d);
+    const ForwardCells& cells = a.cells[d];
+    const int t = reverse ? steps - 1 - s : s;
+    const int64_t first = first_row(a.steps, t);
+    const int rows = group_rows(rows_of(a.steps, t), own.group, groups);
+    const int after = rows_of(a.steps, reverse ? t - 1 : t + 1);  // rows that go on
     const T* state = exchange + s % 2 * a.steps.batch * a.depth;
     T* next = exchange + (s + 1) % 2 * a.steps.batch * a.depth;
     for (int begin = 0; begin < rows; begin += kRows) {
       const int count = rows - begin < kRows ? rows - begin : kRows, i = begin + lane_row;
       const bool mine = lane_row < count && j < H;
-      const int64_t b = own.group + i * a.groups;
+      const int b = own.group + i * groups;
       Gates<float> sums = mine ? input_sums<T>(cells, first + b, j) + bias : Gates<float>{};
-      if (begin == 0 && s > 0) wait(arrivals, static_cast<uint32_t>(s * a.unit_blocks));
+      if (begin == 0 && s > 0) wait(arrivals, static_cast<uint32_t>(s) * static_cast<uint32_t>(a.unit_blocks));
 
       Gates<float>* partial = partials + turn * kPartials;
       turn ^= 1;

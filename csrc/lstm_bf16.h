@@ -1,0 +1,182 @@
+// Products of bfloat16 matrices with float32 sums, for the LSTM. Part of kernels.inc.h; for AVX-512 only.
+//
+// Two instructions make them: TDPBF16PS (AMX), 16 rows of A times a tile of B at a time, and VDPBF16PS, one row. Both
+// take B in tiles of 32 x 16 numbers, two rows of B side by side:  tile[k / 2][column][k % 2].  A panel of 64 columns is
+// (K / 32, 4 tiles); K is padded with zeros. The instructions are written as assembly: the compiler is told of AVX-512
+// alone, and lstm_bf16() says at run time which of them the processor has.
+
+constexpr int64_t kTileDepth = 32, kTileRows = 16, kTileNumbers = kTileDepth * 16;
+
+static inline int64_t tiles_of(int64_t depth) { return (depth + kTileDepth - 1) / kTileDepth; }
+
+#if defined(FASTATTN_AVX512)
+
+// One block of W (4H, K): the gates of 16 units.
+static void lstm_pack_gates_bf16(const void* from_weight, int64_t hidden, int64_t depth, int64_t block, void* to) {
+  const BFloat16* weight = (const BFloat16*)from_weight;
+  BFloat16* panel = (BFloat16*)to;
+  const int64_t first = block * kUnits, there = min(kUnits, hidden - first);
+  for (int64_t t = 0; t < tiles_of(depth); ++t)
+    for (int64_t gate = 0; gate < 4; ++gate, panel += kTileNumbers) {
+      const BFloat16* from = weight + (gate * hidden + first) * depth + t * kTileDepth;
+      const int64_t here = min(kTileDepth, depth - t * kTileDepth);
+      vec square[kLanes];  // pairs of numbers: their bits are moved, not their values
+      if (there == kUnits && here == kTileDepth) {
+        for (int i = 0; i < kLanes; ++i) __builtin_memcpy(&square[i], from + i * depth, sizeof(vec));
+      } else {
+        BFloat16 part[kUnits][kTileDepth] = {};
+        for (int64_t i = 0; i < there; ++i)
+          for (int64_t j = 0; j < here; ++j) part[i][j] = from[i * depth + j];
+        for (int i = 0; i < kLanes; ++i) __builtin_memcpy(&square[i], part[i], sizeof(vec));
+      }
+      transpose(square);
+      for (int i = 0; i < kLanes; ++i) __builtin_memcpy(panel + i * kLanes * 2, &square[i], sizeof(vec));
+    }
+}
+
+// One panel of 64 columns of a matrix (K, columns), K a multiple of 32.
+static void lstm_pack_columns_bf16(
+    const void* from, int64_t depth, int64_t columns, int64_t panel_index, void* to) {
+  const BFloat16* matrix = (const BFloat16*)from;
+  BFloat16* panel = (BFloat16*)to;
+  for (int64_t t = 0; t < depth / kTileDepth; ++t)
+    for (int64_t first = panel_index * kGateColumns; first < (panel_index + 1) * kGateColumns; first += kLanes)
+      for (int64_t k = t * kTileDepth; k < (t + 1) * kTileDepth; k += 2, panel += 2 * kLanes) {
+        half_words even{}, odd{};
+        const int64_t bytes = 2 * max(int64_t{0}, min(kLanes, columns - first));
+        __builtin_memcpy(&even, matrix + k * columns + first, (uint64_t)bytes);
+        __builtin_memcpy(&odd, matrix + (k + 1) * columns + first, (uint64_t)bytes);
+        const words pairs = __builtin_convertvector(even, words) | (__builtin_convertvector(odd, words) << 16);
+        __builtin_memcpy(panel, &pairs, sizeof pairs);
+      }
+}
+
+// The rows of the left operand, padded with zeros to whole tiles; `row` is then their distance.
+static inline LstmLeft lstm_left_bf16(
+    const BFloat16* from, int64_t from_row, int64_t rows, int64_t depth, float* scratch) {
+  // 32 numbers more than the tiles need, for the sets of the cache.
+  const int64_t row = (tiles_of(depth) + 1) * kTileDepth;
+  BFloat16* to = (BFloat16*)scratch;
+  for (int64_t r = 0; r < round_up(rows, kTileRows); ++r) {
+    const int64_t there = r < rows ? depth : 0;
+    __builtin_memcpy(to + r * row, from + r * from_row, (uint64_t)there * 2);
+    __builtin_memset(to + r * row + there, 0, (uint64_t)(row - there) * 2);
+  }
+  return {to, row};
+}
+
+// Tells AMX that all tiles are 16 rows of 64 bytes, for the scope of one step.
+class Tiles {
+ public:
+  explicit Tiles(bool used) : used_(used) {
+    if (!used_) return;
+    alignas(64) uint8_t config[64] = {1};  // palette 1
+    for (int tile = 0; tile < 8; ++tile) {
+      config[16 + 2 * tile] = 64;
+      config[48 + tile] = 16;
+    }
+    __asm__ volatile("ldtilecfg %0" : : "m"(config));
+  }
+  ~Tiles() {
+    if (used_) __asm__ volatile("tilerelease");
+  }
+
+ private:
+  bool used_;
+};
+
+struct HalfRows {
+  const BFloat16* data;
+  int64_t row;
+};
+
+// Two tiles of columns of `sums` (rows a multiple of 16, 64): sums += left times B. 16 rows, or 32 for which B is read
+// once; the tiles 0 to 3 hold the sums, 4 and 5 rows of A, 6 and 7 columns of B.
+template <bool TWICE>
+static inline void lstm_tiles_amx(HalfRows left, int64_t depth_tiles, const BFloat16* b, float* sums) {
+  const int64_t sums_bytes = kGateColumns * 4, a_bytes = left.row * 2, b_bytes = 64;
+  const BFloat16 *a = left.data, *below = left.data + kTileRows * left.row;
+  float* sums_below = sums + kTileRows * kGateColumns;
+  __asm__ volatile("tileloadd (%0,%1), %%tmm0" : : "r"(sums), "r"(sums_bytes) : "memory");
+  __asm__ volatile("tileloadd (%0,%1), %%tmm1" : : "r"(sums + 16), "r"(sums_bytes) : "memory");
+  if constexpr (TWICE) {
+    __asm__ volatile("tileloadd (%0,%1), %%tmm2" : : "r"(sums_below), "r"(sums_bytes) : "memory");
+    __asm__ volatile("tileloadd (%0,%1), %%tmm3" : : "r"(sums_below + 16), "r"(sums_bytes) : "memory");
+  }
+  for (int64_t t = 0; t < depth_tiles; ++t, a += kTileDepth, below += kTileDepth, b += 4 * kTileNumbers) {
+    __asm__ volatile("tileloadd (%0,%1), %%tmm6" : : "r"(b), "r"(b_bytes) : "memory");
+    __asm__ volatile("tileloadd (%0,%1), %%tmm7" : : "r"(b + kTileNumbers), "r"(b_bytes) : "memory");
+    __asm__ volatile("tileloadd (%0,%1), %%tmm4" : : "r"(a), "r"(a_bytes) : "memory");
+    __asm__ volatile("tdpbf16ps %tmm6, %tmm4, %tmm0");
+    __asm__ volatile("tdpbf16ps %tmm7, %tmm4, %tmm1");
+    if constexpr (TWICE) {
+      __asm__ volatile("tileloadd (%0,%1), %%tmm5" : : "r"(below), "r"(a_bytes) : "memory");
+      __asm__ volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
+      __asm__ volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
+    }
+  }
+  __asm__ volatile("tilestored %%tmm0, (%0,%1)" : : "r"(sums), "r"(sums_bytes) : "memory");
+  __asm__ volatile("tilestored %%tmm1, (%0,%1)" : : "r"(sums + 16), "r"(sums_bytes) : "memory");
+  if constexpr (TWICE) {
+    __asm__ volatile("tilestored %%tmm2, (%0,%1)" : : "r"(sums_below), "r"(sums_bytes) : "memory");
+    __asm__ volatile("tilestored %%tmm3, (%0,%1)" : : "r"(sums_below + 16), "r"(sums_bytes) : "memory");
+  }
+}
+
+static inline vec dot_pairs(vec sum, vec left, vec right) {
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));
+  return sum;
+}
+
+template <int ROWS>
+static inline void lstm_rows_dot(HalfRows left, int64_t depth_tiles, const BFloat16* b, float* sums) {
+  vec sum[ROWS][4];
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < 4; ++v) sum[r][v] = load(sums + r * kGateColumns + v * kLanes);
+  for (int64_t t = 0; t < depth_tiles; ++t, b += 4 * kTileNumbers)
+    for (int64_t pair = 0; pair < kTileDepth / 2; ++pair) {
+      vec right[4];
+      for (int v = 0; v < 4; ++v) __builtin_memcpy(&right[v], b + v * kTileNumbers + pair * 2 * kLanes, sizeof(vec));
+      for (int r = 0; r < ROWS; ++r) {
+        float both;
+        __builtin_memcpy(&both, left.data + r * left.row + t * kTileDepth + 2 * pair, sizeof both);
+        const vec l = __builtin_shufflevector(vec{both}, vec{both}, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+        for (int v = 0; v < 4; ++v) sum[r][v] = dot_pairs(sum[r][v], l, right[v]);
+      }
+    }
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < 4; ++v) store(sums + r * kGateColumns + v * kLanes, sum[r][v]);
+}
+
+// sums (rows rounded up to 16, 64) += left (rows, K) times one panel.
+static void lstm_multiply_bf16(
+    LstmForm form, int64_t rows, LstmLeft left, int64_t depth, const BFloat16* panel, float* sums) {
+  const int64_t depth_tiles = tiles_of(depth);
+  const auto from = [&](int64_t row) { return HalfRows{(const BFloat16*)left.data + row * left.row, left.row}; };
+  int64_t row = 0;
+  if (form == LstmForm::dots) {
+    for (; row + 6 <= rows; row += 6) lstm_rows_dot<6>(from(row), depth_tiles, panel, sums + row * kGateColumns);
+    for (; row < rows; ++row) lstm_rows_dot<1>(from(row), depth_tiles, panel, sums + row * kGateColumns);
+    return;
+  }
+  for (int64_t column = 0; column < 4; column += 2) {
+    const BFloat16* b = panel + column * kTileNumbers;
+    float* to = sums + column * kLanes;
+    for (row = 0; row + kTileRows < rows; row += 2 * kTileRows)
+      lstm_tiles_amx<true>(from(row), depth_tiles, b, to + row * kGateColumns);
+    if (row < rows) lstm_tiles_amx<false>(from(row), depth_tiles, b, to + row * kGateColumns);
+  }
+}
+
+#else
+
+// The other instruction sets have neither; the driver does not ask them.
+static void lstm_pack_gates_bf16(const void*, int64_t, int64_t, int64_t, void*) { __builtin_trap(); }
+static void lstm_pack_columns_bf16(const void*, int64_t, int64_t, int64_t, void*) { __builtin_trap(); }
+static inline LstmLeft lstm_left_bf16(const BFloat16*, int64_t, int64_t, int64_t, float*) { __builtin_trap(); }
+static void lstm_multiply_bf16(LstmForm, int64_t, LstmLeft, int64_t, const BFloat16*, float*) { __builtin_trap(); }
+struct Tiles {
+  explicit Tiles(bool) {}
+};
+
+#endif
