@@ -43,7 +43,7 @@ struct LstmForwardStep {
   int64_t rows, inputs, hidden, state;  // state is P
   bool descending;        // the last block first
   LstmForm form;
-  const float* sums;      // (rows, 4H) W_ih x + b, one gate after the other; null: it is computed here, from the next three
+  const float* sums;      // W_ih x + b, gate g of block b at sums_gate * g + sums_block * b; null: computed here
   const void* input;      // (rows, I), bfloat16 where the form is that
   const void* weight_x;   // panels (Hr / 16, I, 64); (4H, I) for `rows`, where sums is null
   const float* bias;      // (4H)
@@ -54,7 +54,7 @@ struct LstmForwardStep {
   void* gates;            // (rows, 4 Hr) of type gates_type, written; or null
   float* cells;           // (rows, Hr), a copy of c_t; or null
   Type gates_type;
-  int64_t sums_row, input_row, h_row, cell_row, m_row, gates_row, cells_row;
+  int64_t sums_row, sums_gate, sums_block, input_row, h_row, cell_row, m_row, gates_row, cells_row;
 };
 
 // One step backward: from dm, the gradient of m = o tanh(c), to that of the sums.

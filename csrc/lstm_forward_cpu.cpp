@@ -13,7 +13,8 @@ namespace {
 
 // What one direction reads.
 struct Direction {
-  at::Tensor bias, sums;  // (4H); (N, 4H) or undefined
+  at::Tensor bias;  // (4H), or as a row of sums
+  at::Tensor sums;  // W_ih x + b of all steps, where they come before the recurrence: (N, 4H), (N, 4Hr) by own_sums
   Floats weight_x, weight_h, projection;
   at::Tensor rows_x, rows_h;  // the weights themselves, for LstmForm::rows
 };
@@ -32,6 +33,7 @@ struct ForwardLayer {
   void walk(const Part& part, Barrier& barrier, float* scratch) const;
 
  private:
+  void own_sums(const Part& part, float* scratch) const;
   void step(const Part& part, int64_t t, Range rows, const void* h, int64_t h_row, float* scratch) const;
   void project(const Part& part, int64_t t, Range rows, float* scratch) const;
 };
@@ -75,13 +77,34 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep) : shape(lstm_shape(a
       one.rows_h = dense_float(weight[1]);
       continue;
     }
-    if (!is_half(form) && input_product_first(s)) {
+    if (is_half(form)) {
+      one.weight_x = pack_gates(weight[0], s.hidden, form);
+      if (s.steps > 1 && s.batch < kRowsOfATile) {
+        one.bias = gate_rows(one.bias, s.hidden).view({-1});
+        one.sums = at::empty({s.rows, 4 * s.units()}, floats);
+      }
+    } else if (input_product_first(s)) {
       one.sums = at::addmm(one.bias, input, dense_float(weight[0]).t());
     } else {
       one.weight_x = pack_gates(weight[0], s.hidden, form);
     }
     one.weight_h = pack_gates(weight[1], s.hidden, form);
   }
+}
+
+// W_ih x + b of all steps for the units of one part: torch's product of bfloat16 matrices would round it to bfloat16.
+void ForwardLayer::own_sums(const Part& part, float* scratch) const {
+  const Direction& own = directions[static_cast<size_t>(part.direction)];
+  LstmProduct p{};
+  p.form = form;
+  p.rows = shape.rows;
+  p.columns = p.out_row = 4 * shape.units();
+  p.depth = p.left_row = shape.inputs;
+  p.start = own.bias.const_data_ptr<float>();
+  p.left = input.const_data_ptr();
+  p.weight = own.weight_x.get();
+  p.out = own.sums.data_ptr<float>();
+  lstm_kernels().product(p, share(shape.units() / kUnits, part.member, part.members), scratch);
 }
 
 void ForwardLayer::step(
@@ -95,8 +118,10 @@ void ForwardLayer::step(
   s.inputs = shape.inputs;
   s.hidden = shape.hidden;
   s.state = shape.state;
-  if (own.sums.defined()) s.sums = own.sums.const_data_ptr<float>() + row * 4 * shape.hidden;
-  s.sums_row = 4 * shape.hidden;
+  if (own.sums.defined()) s.sums = own.sums.const_data_ptr<float>() + row * own.sums.size(1);
+  s.sums_row = own.sums.defined() ? own.sums.size(1) : 0;
+  s.sums_gate = is_half(form) ? kUnits : shape.hidden;
+  s.sums_block = is_half(form) ? kGateColumns : kUnits;
   s.form = form;
   s.input = at_element(input, row * shape.inputs);
   s.input_row = shape.inputs;
@@ -137,6 +162,7 @@ void ForwardLayer::project(const Part& part, int64_t t, Range rows, float* scrat
 // All steps of one part. The state of the step before is read from `out`; rows that begin here, from h0.
 void ForwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) const {
   const int64_t d = part.direction, out_row = shape.directions * shape.state;
+  if (is_half(form) && directions[static_cast<size_t>(d)].sums.defined()) own_sums(part, scratch);
   int64_t there = 0, before = -1;  // rows of the step before, and that step
   for (int64_t i = 0; i < shape.steps; ++i) {
     const int64_t t = d == 0 ? i : shape.steps - 1 - i, active = shape.active[static_cast<size_t>(t)];

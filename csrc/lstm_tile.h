@@ -188,12 +188,13 @@ static void lstm_sums(
     const LstmForwardStep& s, int64_t row, int64_t rows, int64_t block, LstmLeft input, LstmLeft h, float* sums,
     float* panel) {
   const float* first = s.sums ? s.sums + row * s.sums_row : s.bias;
-  const int64_t step = s.sums ? s.sums_row : 0, unit = block * kUnits;
+  const int64_t step = s.sums ? s.sums_row : 0, there = s.hidden - block * kUnits;
+  const int64_t gate_step = s.sums ? s.sums_gate : s.hidden, block_step = s.sums ? s.sums_block : kUnits;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t gate = 0; gate < 4; ++gate)
       for (int64_t j = 0; j < kUnits; j += kLanes)
         store(sums + r * kGateColumns + gate * kUnits + j,
-              load_lanes(first + r * step + gate * s.hidden + unit + j, s.hidden - unit - j));
+              load_lanes(first + r * step + gate * gate_step + block * block_step + j, there - j));
   if (s.form == LstmForm::rows) {
     lstm_rows_of_weight(rows, s.inputs, input, s.weight_x, s.hidden, block, sums, panel);
     return lstm_rows_of_weight(rows, s.state, h, s.weight_h, s.hidden, block, sums, panel);

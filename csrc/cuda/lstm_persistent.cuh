@@ -42,11 +42,13 @@ template <class T>
 constexpr int kDepth = 4 * kVector<T>;  // depth of a block of the product
 
 // A lane's weights: rows lane / 4 of 2 TILES octets of rows, in each of the warp's BLOCKS blocks. As many as leave room
-// for the rest of the kernel stay in registers, 96 of 255; the others in shared memory, each where its thread alone looks.
-template <int TILES, int BLOCKS>
+// for the rest of the kernel stay in registers, 80 of 255, or 64 beside three products for one; the others in shared
+// memory, each where its thread alone looks.
+template <bool EXACT, int TILES, int BLOCKS>
 struct Weights {
   static constexpr int kOctets = 2 * TILES;
-  static constexpr int kKept = BLOCKS * kOctets * 4 <= 96 ? BLOCKS : 24 / kOctets;
+  static constexpr int kMost = (EXACT ? 64 : 80) / (4 * kOctets);
+  static constexpr int kKept = BLOCKS < kMost ? BLOCKS : kMost;
   static constexpr int64_t kSharedBytes = int64_t{BLOCKS - kKept} * kOctets * kThreads * 16;
 
   Vector16 kept[kKept][kOctets];
@@ -103,7 +105,7 @@ FASTATTN_INLINE Split split(uint32_t bits) {
 // Rows from `count` on, and the depth from `depth` on, read as 0.
 template <class T, bool EXACT, int TILES, int BLOCKS, int COLUMNS>
 FASTATTN_INLINE void multiply(
-    const Weights<TILES, BLOCKS>& weights, const T* rows, int64_t stride, int count, int depth,
+    const Weights<EXACT, TILES, BLOCKS>& weights, const T* rows, int64_t stride, int count, int depth,
     float (&sum)[COLUMNS][TILES][4]) {
   const int row = threadIdx.x % 32 / 4;
 #pragma unroll

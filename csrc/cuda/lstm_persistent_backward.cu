@@ -15,7 +15,7 @@ constexpr int kPartials = kWarps * kUnits * kPitch;  // floats of one set of par
 // Rows of G are (4, units): the depth is gate by gate, each padded to `units`, which no vector straddles.
 template <class T, bool EXACT, int BLOCKS>
 FASTATTN_INLINE void load_weights(
-    const T* w, int64_t hidden, int units, int unit_block, Weights<1, BLOCKS>& weights) {
+    const T* w, int64_t hidden, int units, int unit_block, Weights<EXACT, 1, BLOCKS>& weights) {
 #pragma unroll
   for (int block = 0; block < BLOCKS; ++block) {
     const int gate = depth_of<T>(block) / units, k = depth_of<T>(block) % units;
@@ -30,12 +30,12 @@ FASTATTN_INLINE void load_weights(
 }
 
 // This warp's share of the sums of 8 COLUMNS rows, to shared memory.
-template <class T, bool EXACT, int COLUMNS, int BLOCKS>
+template <int COLUMNS, class T, bool EXACT, int BLOCKS>
 FASTATTN_INLINE void partial_sums(
-    const Weights<1, BLOCKS>& weights, const T* rows, int64_t stride, int count, int depth, float* partial) {
+    const Weights<EXACT, 1, BLOCKS>& weights, const T* rows, int64_t stride, int count, int depth, float* partial) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float sum[COLUMNS][1][4] = {};
-  multiply<T, EXACT>(weights, rows, stride, count, depth, sum);
+  multiply(weights, rows, stride, count, depth, sum);
   float* to = partial + (warp * kUnits + lane / 4) * kPitch + lane % 4 * 2;
 #pragma unroll
   for (int c = 0; c < COLUMNS; ++c)
@@ -55,9 +55,9 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
   const bool reverse = a.reverse[own.direction];
   uint32_t* arrivals = a.arrivals + own.direction * a.groups + own.group;
   T* grad_gates = static_cast<T*>(a.cells[own.direction].grad_gates) + own.group * width;
-  Weights<1, BLOCKS> weights;
+  Weights<EXACT, 1, BLOCKS> weights;
   weights.shared = reinterpret_cast<Vector16*>(grad_cell + kMaxGroupRows * kUnits);
-  load_weights<T, EXACT>(static_cast<const T*>(a.weight[own.direction]), H, static_cast<int>(a.cells[own.direction].unit_stride), own.unit_block, weights);
+  load_weights(static_cast<const T*>(a.weight[own.direction]), H, static_cast<int>(a.cells[own.direction].unit_stride), own.unit_block, weights);
 
   const int unit = threadIdx.x % kUnits, lane_row = threadIdx.x / kUnits;
   const int groups = static_cast<int>(a.groups), j = own.unit_block * kUnits + unit;
@@ -87,10 +87,15 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
       if (begin < carried) {
         const int count = carried - begin < kRows ? carried - begin : kRows, depth = static_cast<int>(width);
         const T* from = grad_gates + first_row(a.steps, after) * width + begin * stride;
-        if (count > 8)
-          partial_sums<T, EXACT, 2>(weights, from, stride, count, depth, partials + turn * kPartials);
+        float* to = partials + turn * kPartials;
+        // Three products for one leave no registers for all 16 rows at once.
+        constexpr int columns = EXACT ? 1 : 2;
+        if (count <= 8)
+          partial_sums<1>(weights, from, stride, count, depth, to);
         else
-          partial_sums<T, EXACT, 1>(weights, from, stride, count, depth, partials + turn * kPartials);
+#pragma unroll 1
+          for (int row = 0; row < count; row += 8 * columns)
+            partial_sums<columns>(weights, from + row * stride, stride, count - row, depth, to + row);
         __syncthreads();
         turn ^= 1;
       }
@@ -121,7 +126,7 @@ template <class T, bool EXACT, int BLOCKS>
 Launch<PersistentBackward> of_blocks() {
   return {
       backward_kernel<T, EXACT, BLOCKS>,
-      (2 * kPartials + kMaxGroupRows * kUnits) * int64_t{sizeof(float)} + Weights<1, BLOCKS>::kSharedBytes};
+      (2 * kPartials + kMaxGroupRows * kUnits) * int64_t{sizeof(float)} + Weights<EXACT, 1, BLOCKS>::kSharedBytes};
 }
 
 template <class T, bool EXACT>

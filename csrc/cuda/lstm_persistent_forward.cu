@@ -13,7 +13,7 @@ constexpr int kPitch = kRows + 1;         // odd: threads of 8 units meet in no 
 constexpr int kPartials = kWarps * kUnits * kPitch;  // Gates<float> of one set of partial sums
 
 template <class T, bool EXACT, int BLOCKS>
-FASTATTN_INLINE void load_weights(const T* w, int64_t hidden, int unit_block, Weights<2, BLOCKS>& weights) {
+FASTATTN_INLINE void load_weights(const T* w, int64_t hidden, int unit_block, Weights<EXACT, 2, BLOCKS>& weights) {
   const int64_t unit = unit_block * kUnits + threadIdx.x % 32 / 4;
 #pragma unroll
   for (int block = 0; block < BLOCKS; ++block) {
@@ -26,12 +26,12 @@ FASTATTN_INLINE void load_weights(const T* w, int64_t hidden, int unit_block, We
 }
 
 // This warp's share of the sums of 8 COLUMNS rows, to shared memory.
-template <class T, bool EXACT, int COLUMNS, int BLOCKS>
+template <int COLUMNS, class T, bool EXACT, int BLOCKS>
 FASTATTN_INLINE void partial_sums(
-    const Weights<2, BLOCKS>& weights, const T* rows, int64_t stride, int count, int depth, Gates<float>* partial) {
+    const Weights<EXACT, 2, BLOCKS>& weights, const T* rows, int64_t stride, int count, int depth, Gates<float>* partial) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float sum[COLUMNS][2][4] = {};
-  multiply<T, EXACT>(weights, rows, stride, count, depth, sum);
+  multiply(weights, rows, stride, count, depth, sum);
   Gates<float>* to = partial + (warp * kUnits + lane / 4) * kPitch + lane % 4 * 2;
 #pragma unroll
   for (int c = 0; c < COLUMNS; ++c)
@@ -43,13 +43,13 @@ FASTATTN_INLINE void partial_sums(
 // Of more than 16 rows; three products for one leave no registers for all 32 rows at once.
 template <class T, bool EXACT, int BLOCKS>
 FASTATTN_INLINE void partial_sums_of_all(
-    const Weights<2, BLOCKS>& weights, const T* rows, int64_t stride, int count, int depth, Gates<float>* partial) {
+    const Weights<EXACT, 2, BLOCKS>& weights, const T* rows, int64_t stride, int count, int depth, Gates<float>* partial) {
   if constexpr (EXACT) {
 #pragma unroll 1
     for (int begin = 0; begin < count; begin += 16)
-      partial_sums<T, EXACT, 2>(weights, rows + begin * stride, stride, count - begin, depth, partial + begin);
+      partial_sums<2>(weights, rows + begin * stride, stride, count - begin, depth, partial + begin);
   } else {
-    partial_sums<T, EXACT, 4>(weights, rows, stride, count, depth, partial);
+    partial_sums<4>(weights, rows, stride, count, depth, partial);
   }
 }
 
@@ -65,9 +65,9 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   const bool reverse = a.reverse[own.direction];
   uint32_t* arrivals = a.arrivals + own.direction * a.groups + own.group;
   T* exchange = static_cast<T*>(a.exchange[own.direction]) + own.group * a.depth;
-  Weights<2, BLOCKS> weights;
+  Weights<EXACT, 2, BLOCKS> weights;
   weights.shared = reinterpret_cast<Vector16*>(cell_state + kMaxGroupRows * kUnits);
-  load_weights<T, EXACT>(static_cast<const T*>(a.weight[own.direction]), H, own.unit_block, weights);
+  load_weights(static_cast<const T*>(a.weight[own.direction]), H, own.unit_block, weights);
 
   const int unit = threadIdx.x % kUnits, lane_row = threadIdx.x / kUnits;
   const int groups = static_cast<int>(a.groups), j = own.unit_block * kUnits + unit;
@@ -101,11 +101,11 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
       const T* from = state + begin * stride;
       const int depth = static_cast<int>(a.depth);
       if (count > 16)
-        partial_sums_of_all<T, EXACT>(weights, from, stride, count, depth, partial);
+        partial_sums_of_all(weights, from, stride, count, depth, partial);
       else if (count > 8)
-        partial_sums<T, EXACT, 2>(weights, from, stride, count, depth, partial);
+        partial_sums<2>(weights, from, stride, count, depth, partial);
       else
-        partial_sums<T, EXACT, 1>(weights, from, stride, count, depth, partial);
+        partial_sums<1>(weights, from, stride, count, depth, partial);
       __syncthreads();
       if (!mine) continue;
 
@@ -129,7 +129,7 @@ Launch<PersistentForward> of_blocks() {
   return {
       forward_kernel<T, EXACT, BLOCKS>, 2 * kPartials * int64_t{sizeof(Gates<float>)} +
                                             kMaxGroupRows * kUnits * int64_t{sizeof(float)} +
-                                            Weights<2, BLOCKS>::kSharedBytes};
+                                            Weights<EXACT, 2, BLOCKS>::kSharedBytes};
 }
 
 template <class T, bool EXACT>
