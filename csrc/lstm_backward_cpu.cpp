@@ -58,7 +58,7 @@ BackwardLayer::BackwardLayer(
   check_lstm_backward(s, grad, args, out, gates, cells);
   const auto floats = args.input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
   c0 = padded_state(args.c0, s.units());
-  if (grad.out) grad_out = dense_float(*grad.out).view({s.rows, -1});
+  if (grad.out) grad_out = dense_float(*grad.out).view({s.rows, s.directions * s.state});
   if (grad.h_n) grad_h_n = dense_float(*grad.h_n);
   dcell = grad.c_n ? padded_state(*grad.c_n, s.units()) : at::zeros({s.directions, s.batch, s.units()}, floats);
   dsums = at::empty({s.rows, s.directions, 4 * s.units()}, is_half(form) ? args.input.options() : floats);
@@ -210,7 +210,7 @@ LstmBackward lstm_backward_cpu(
   const auto type = args.input.scalar_type();
   const LstmForm form = layer.form;
   const at::Tensor input = operand(args.input, form).view({s.rows, s.inputs}), h0 = operand(args.h0, form);
-  const at::Tensor states = operand(out, form).view({s.rows, -1});
+  const at::Tensor states = operand(out, form).view({s.rows, s.directions * s.state});
   std::vector<at::Tensor> dweights, rows;
   for (int64_t d = 0; d < s.directions; ++d) {
     const at::Tensor dsums = layer.dsums.select(1, d), turned = dsums.t();
@@ -227,7 +227,7 @@ LstmBackward lstm_backward_cpu(
                                 layer.m.narrow(1, d * s.hidden, s.hidden)).to(type));
   }
   const at::Tensor weight = s.directions == 1 ? rows[0] : at::cat(rows);
-  const at::Tensor dinput = at::mm(layer.dsums.view({s.rows, -1}), weight);
+  const at::Tensor dinput = at::mm(layer.dsums.view({s.rows, s.directions * 4 * s.units()}), weight);
   return {dinput.to(type).view(args.input.sizes()), layer.dh0.to(type),
           layer.dcell.narrow(2, 0, s.hidden).to(type).contiguous(), dweights};
 }

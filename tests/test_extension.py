@@ -137,7 +137,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=extension.instruction_sets() if extension.UNAVAILABLE is None else [])
+# Names with a + differ in the LSTM alone.
+SETS = [name for name in extension.instruction_sets() if "+" not in name] if extension.UNAVAILABLE is None else []
+
+
+@pytest.fixture(params=SETS)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     extension.use_instruction_set(request.param)
     yield request.param

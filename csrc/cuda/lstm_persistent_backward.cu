@@ -57,7 +57,9 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
   T* grad_gates = static_cast<T*>(a.cells[own.direction].grad_gates) + own.group * width;
   Weights<EXACT, 1, BLOCKS> weights;
   weights.shared = reinterpret_cast<Vector16*>(grad_cell + kMaxGroupRows * kUnits);
-  load_weights(static_cast<const T*>(a.weight[own.direction]), H, static_cast<int>(a.cells[own.direction].unit_stride), own.unit_block, weights);
+  load_weights(
+      static_cast<const T*>(a.weight[own.direction]), H, static_cast<int>(a.cells[0].unit_stride), own.unit_block,
+      weights);
 
   const int unit = threadIdx.x % kUnits, lane_row = threadIdx.x / kUnits;
   const int groups = static_cast<int>(a.groups), j = own.unit_block * kUnits + unit;
@@ -88,8 +90,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
         const int count = carried - begin < kRows ? carried - begin : kRows, depth = static_cast<int>(width);
         const T* from = grad_gates + first_row(a.steps, after) * width + begin * stride;
         float* to = partials + turn * kPartials;
-        // Three products for one leave no registers for all 16 rows at once.
-        constexpr int columns = EXACT ? 1 : 2;
+        constexpr int columns = sizeof(T) == 4 ? 1 : 2;  // float32 leaves no registers for all 16 rows at once
         if (count <= 8)
           partial_sums<1>(weights, from, stride, count, depth, to);
         else

@@ -40,11 +40,11 @@ FASTATTN_INLINE void partial_sums(
       to[8 * c + i] = {sum[c][0][i], sum[c][0][2 + i], sum[c][1][i], sum[c][1][2 + i]};
 }
 
-// Of more than 16 rows; three products for one leave no registers for all 32 rows at once.
+// Of more than 16 rows; float32 leaves no registers for all 32 rows at once.
 template <class T, bool EXACT, int BLOCKS>
 FASTATTN_INLINE void partial_sums_of_all(
     const Weights<EXACT, 2, BLOCKS>& weights, const T* rows, int64_t stride, int count, int depth, Gates<float>* partial) {
-  if constexpr (EXACT) {
+  if constexpr (sizeof(T) == 4) {
 #pragma unroll 1
     for (int begin = 0; begin < count; begin += 16)
       partial_sums<2>(weights, rows + begin * stride, stride, count - begin, depth, partial + begin);
