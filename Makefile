@@ -5,6 +5,8 @@
 #   make demo PYTHON=python3 VENV=none   install nothing: use that Python and the torch it has (make test: no ruff, mypy)
 #   make test PYTEST_ARGS="-k patching"  arguments for pytest
 #   make fuzz N=5000                     random calls of every attention kernel against the float64 oracle
+#   make cuda-check                      registers and spills of the CUDA kernels, by nvcc; needs no GPU
+#   make install-test                    install into clean environments, with and without a compiler
 #   make budget                          registers, spills and shared memory of every kernel, per architecture
 
 PYTHON ?= python3
@@ -14,7 +16,7 @@ N ?= 5000
 DEMO_ARGS ?=
 TORCH_VERSION := 2.13.0
 TRITON_VERSION := 3.9.0
-EXTENSION_SOURCES := setup.py $(wildcard csrc/*)
+EXTENSION_SOURCES := setup.py $(wildcard csrc/*.* csrc/cuda/*)
 
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
@@ -34,7 +36,7 @@ endif
 
 PURE := The extension could not be built; going on in pure Python, see make doctor.
 
-.PHONY: demo test fuzz budget check setup profile doctor results clean
+.PHONY: demo test fuzz budget cuda-check install-test check setup profile doctor results clean
 
 demo: setup
 	$(RUN) -m fastattn demo $(DEMO_ARGS)
@@ -53,6 +55,14 @@ check: setup
 # What the compiler makes of every kernel for sm_80, sm_90 and sm_100: the checked-in table.
 budget: setup
 	$(RUN) -m benchmarks.budget
+
+# The CUDA kernels for the same, which fails where one spills: as long as nvcc takes, under a minute on two cores.
+cuda-check: setup
+	$(RUN) -m benchmarks.cuda_budget
+
+# The three states of an installation, and the CUDA kernels of every architecture.
+install-test: setup
+	FASTATTN_INSTALL_TESTS=1 $(RUN) -m pytest tests/test_install.py tests/test_lstm_cuda_build.py
 
 profile doctor: setup
 	$(RUN) -m fastattn $@

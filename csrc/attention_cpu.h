@@ -137,7 +137,8 @@ struct Backward {
   }
 };
 
-struct LstmKernels;  // lstm_cpu.h
+struct LstmKernels;           // lstm_cpu.h
+struct LayerNormLstmKernels;  // layer_norm_lstm_cpu.h
 
 // The functions of one instruction set. Scratch is 64-byte aligned, uninitialised, private to the running task.
 struct Kernels {
@@ -151,6 +152,7 @@ struct Kernels {
   int64_t (*backward_scratch)(const Backward&);
   void (*backward_task)(const Backward&, int64_t task, float* scratch);
   const LstmKernels* lstm;
+  const LayerNormLstmKernels* layer_norm_lstm;
 };
 
 // The table for this processor, or the one chosen by use_instruction_set.

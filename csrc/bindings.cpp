@@ -1,10 +1,15 @@
 // Python's view of the operators; positional, called by fastattn/kernels/attention/extension.py only.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <tuple>
 
 #include "attention.h"
+#ifdef FASTATTN_CUDA
+#include "cuda/paths.h"
+#endif
 #include "instruction_set.h"
+#include "layer_norm_lstm.h"
 #include "lstm.h"
 
 namespace pybind11::detail {
@@ -31,6 +36,13 @@ struct type_caster<fastattn::ProblemArgs> {
 
 namespace {
 
+// The LSTM computes with torch's operators among its own kernels: they must not record a graph, nor be given other types
+// by autocast.
+struct PlainOperators {
+  at::AutoDispatchBelowADInplaceOrView no_graph;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
+
 using fastattn::LstmArgs;
 using Optional = std::optional<at::Tensor>;
 using Tensors = std::vector<at::Tensor>;
@@ -47,16 +59,60 @@ fastattn::LstmBackward lstm_backward(
       {grad_out, grad_h_n, grad_c_n}, {input, batch_sizes, h0, c0, std::move(weights)}, out, gates, cells);
 }
 
+// The arguments that both operators share come as one tuple, in the order of LayerNormLstmArgs.
+using LayerNormFields = std::tuple<
+    at::Tensor, Optional, at::Tensor, at::Tensor, Tensors, Optional, Optional, Optional, double, double, double>;
+
+fastattn::LayerNormLstmArgs layer_norm_args(LayerNormFields fields) {
+  return std::apply(
+      [](auto&&... field) { return fastattn::LayerNormLstmArgs{std::move(field)...}; }, std::move(fields));
+}
+
+fastattn::LayerNormLstmForward layer_norm_lstm_forward(LayerNormFields args, bool save, bool all_cells) {
+  return fastattn::layer_norm_lstm_forward_cpu(layer_norm_args(std::move(args)), save, all_cells);
+}
+
+fastattn::LayerNormLstmBackward layer_norm_lstm_backward(
+    std::tuple<Optional, Optional, Optional, Optional> grads, LayerNormFields args, at::Tensor out, at::Tensor saved,
+    bool input_grad) {
+  auto [grad_out, grad_cells, grad_h_n, grad_c_n] = std::move(grads);
+  return fastattn::layer_norm_lstm_backward_cpu(
+      {grad_out, grad_cells, grad_h_n, grad_c_n}, layer_norm_args(std::move(args)), out, saved, input_grad);
+}
+
+#ifdef FASTATTN_CUDA
+fastattn::LstmForward lstm_forward_cuda(
+    at::Tensor input, Optional batch_sizes, at::Tensor h0, at::Tensor c0, Tensors weights, bool save) {
+  return fastattn::lstm_forward_cuda({input, batch_sizes, h0, c0, std::move(weights)}, save);
+}
+
+fastattn::LstmBackward lstm_backward_cuda(
+    Optional grad_out, Optional grad_h_n, Optional grad_c_n, at::Tensor input, Optional batch_sizes, at::Tensor h0,
+    at::Tensor c0, Tensors weights, at::Tensor out, at::Tensor gates, at::Tensor cells) {
+  return fastattn::lstm_backward_cuda(
+      {grad_out, grad_h_n, grad_c_n}, {input, batch_sizes, h0, c0, std::move(weights)}, out, gates, cells);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
+  using Plain = pybind11::call_guard<pybind11::gil_scoped_release, PlainOperators>;
   m.def("attention_forward", &fastattn::attention_forward, NoGil());
   m.def("attention_backward", &fastattn::attention_backward, NoGil());
   m.def("attention_weights", &fastattn::attention_weights, NoGil());
   m.def("attention_weights_backward", &fastattn::attention_weights_backward, NoGil());
-  m.def("lstm_forward", &lstm_forward, NoGil());
-  m.def("lstm_backward", &lstm_backward, NoGil());
+  m.def("lstm_forward", &lstm_forward, Plain());
+  m.def("lstm_backward", &lstm_backward, Plain());
+  m.def("layer_norm_lstm_forward", &layer_norm_lstm_forward, Plain());
+  m.def("layer_norm_lstm_backward", &layer_norm_lstm_backward, Plain());
   m.def("instruction_sets", &fastattn::instruction_sets);
   m.def("use_instruction_set", &fastattn::use_instruction_set);
+#ifdef FASTATTN_CUDA
+  m.def("lstm_forward_cuda", &lstm_forward_cuda, Plain());
+  m.def("lstm_backward_cuda", &lstm_backward_cuda, Plain());
+  m.def("lstm_cuda_allow_persistent", &fastattn::cuda::allow_persistent);
+  m.def("lstm_cuda_persistent", &fastattn::cuda::persistent);
+#endif
 }

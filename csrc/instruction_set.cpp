@@ -3,6 +3,7 @@
 
 #include <atomic>
 
+#include "layer_norm_lstm_cpu.h"
 #include "lstm_cpu.h"
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
@@ -81,6 +82,8 @@ std::atomic<const Entry*>& current() {
 const Kernels& kernels() { return *current().load()->table; }
 
 const LstmKernels& lstm_kernels() { return *kernels().lstm; }
+
+const LayerNormLstmKernels& layer_norm_lstm_kernels() { return *kernels().layer_norm_lstm; }
 
 LstmForm lstm_bf16() { return current().load()->bf16; }
 

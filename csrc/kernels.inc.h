@@ -22,6 +22,7 @@ namespace {
 #include "weights_tile.h"
 #include "backward_tile.h"
 #include "lstm_tile.h"
+#include "layer_norm_lstm_tile.h"
 
 }  // namespace
 
@@ -29,6 +30,7 @@ extern const Kernels table;
 const Kernels table = {
     ISA_NAME,        forward_pack, forward_scratch,  forward_tile,  weights_pack,
     weights_scratch, weights_tile, backward_scratch, backward_task, &lstm_table,
+    &layer_norm_lstm_table,
 };
 
 }  // namespace ISA

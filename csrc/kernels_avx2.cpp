@@ -1,5 +1,6 @@
 // The kernels for AVX2 with FMA: 16 registers of 8 floats.
 #include "attention_cpu.h"
+#include "layer_norm_lstm_cpu.h"
 #include "lstm_cpu.h"
 
 #if defined(__x86_64__)

@@ -1,5 +1,6 @@
 // The kernels for AVX-512: 32 registers of 16 floats.
 #include "attention_cpu.h"
+#include "layer_norm_lstm_cpu.h"
 #include "lstm_cpu.h"
 
 #if defined(__x86_64__)

@@ -53,7 +53,7 @@ struct BackwardLayer {
 BackwardLayer::BackwardLayer(
     const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& saved_gates,
     const at::Tensor& saved_cells)
-    : shape(lstm_shape(args)), form(lstm_form(shape, args)), gates(saved_gates), cells(saved_cells) {
+    : shape(cpu_shape(args)), form(lstm_form(shape, args)), gates(saved_gates), cells(saved_cells) {
   const LstmShape& s = shape;
   check_lstm_backward(s, grad, args, out, gates, cells);
   const auto floats = args.input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);

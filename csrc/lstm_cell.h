@@ -26,15 +26,20 @@ struct CellGradient {
   V previous;      // of c_{t-1}
 };
 
+// From dc, the whole gradient of c_t, and dout, that of the output gate.
+template <class V>
+FASTATTN_INLINE CellGradient<V> lstm_gate_gradient(const Gates<V>& gates, V previous, V dc, V dout) {
+  CellGradient<V> result;
+  result.gates.i = dc * gates.g * gates.i * (1.0f - gates.i);
+  result.gates.f = dc * previous * gates.f * (1.0f - gates.f);
+  result.gates.g = dc * gates.i * (1.0f - gates.g * gates.g);
+  result.gates.o = dout * gates.o * (1.0f - gates.o);
+  result.previous = dc * gates.f;
+  return result;
+}
+
 // From dm, the gradient of m = o tanh(c), and dc, what reaches c_t from later steps. tanh_c is tanh(c_t).
 template <class V>
 FASTATTN_INLINE CellGradient<V> lstm_cell_gradient(const Gates<V>& gates, V previous, V tanh_c, V dm, V dc) {
-  const V total = dc + dm * gates.o * (1.0f - tanh_c * tanh_c);
-  CellGradient<V> result;
-  result.gates.i = total * gates.g * gates.i * (1.0f - gates.i);
-  result.gates.f = total * previous * gates.f * (1.0f - gates.f);
-  result.gates.g = total * gates.i * (1.0f - gates.g * gates.g);
-  result.gates.o = dm * tanh_c * gates.o * (1.0f - gates.o);
-  result.previous = total * gates.f;
-  return result;
+  return lstm_gate_gradient(gates, previous, dc + dm * gates.o * (1.0f - tanh_c * tanh_c), dm * tanh_c);
 }

@@ -52,7 +52,7 @@ LstmForm forward_form(const LstmShape& shape, const LstmArgs& args) {
   return form == LstmForm::panels && shape.steps == 1 && shape.rows <= kFewRows ? LstmForm::rows : form;
 }
 
-ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep) : shape(lstm_shape(args)), form(forward_form(shape, args)), save(keep) {
+ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep) : shape(cpu_shape(args)), form(forward_form(shape, args)), save(keep) {
   const LstmShape& s = shape;
   input = operand(args.input, form).view({s.rows, s.inputs});
   h0 = operand(args.h0, form);

@@ -35,6 +35,11 @@ static void for_each(int64_t count, bool many, F f) {
 // Numbers to copy that are worth waking threads for.
 constexpr int64_t kManyNumbers = 1 << 17;
 
+LstmShape cpu_shape(const LstmArgs& args) {
+  TORCH_CHECK_VALUE(args.input.device().is_cpu(), "input: got device ", args.input.device(), ", expected the CPU");
+  return lstm_shape(args);
+}
+
 LstmForm lstm_form(const LstmShape& shape, const LstmArgs& args) {
   const bool half = args.input.scalar_type() == at::kBFloat16 && !shape.projection;
   return half ? lstm_bf16() : LstmForm::panels;

@@ -29,6 +29,9 @@ at::Tensor dense_float(const at::Tensor& tensor);
 
 Type lstm_type(at::ScalarType type);
 
+// lstm_shape, for tensors on the CPU.
+LstmShape cpu_shape(const LstmArgs& args);
+
 // How the products of a call are made, in the types of its tensors.
 LstmForm lstm_form(const LstmShape& shape, const LstmArgs& args);
 

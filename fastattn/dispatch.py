@@ -18,7 +18,13 @@ class Backend(StrEnum):
     TRITON = "triton"  # our Triton kernels: CUDA, or the CPU under TRITON_INTERPRET=1
     CPU = "cpu"  # our C++ kernels
     SDPA = "sdpa"  # torch.nn.functional.scaled_dot_product_attention
-    REFERENCE = "reference"  # plain PyTorch, holds the (B, H, L, S) scores
+    CUDA = "cuda"  # our CUDA kernels of the LSTM
+    TORCH = "torch"  # torch's own LSTM
+    REFERENCE = "reference"  # plain PyTorch; attention holds the (B, H, L, S) scores, an LSTM walks the steps
+
+
+ATTENTION_BACKENDS = (Backend.TRITON, Backend.CPU, Backend.SDPA, Backend.REFERENCE)
+LSTM_BACKENDS = (Backend.CUDA, Backend.CPU, Backend.TORCH, Backend.REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ _forced: Backend | None = None
 def backend(name: str | Backend) -> Iterator[None]:
     """Force one backend inside the block, in all threads; a call it cannot serve raises instead of falling back.
 
-    ``name`` is "triton", "cpu", "sdpa", "reference", or "auto" for the usual choice.
+    ``name`` is "triton", "cpu", "sdpa" or "reference" for attention, "cuda", "cpu", "torch" or "reference" for an LSTM,
+    or "auto" for the usual choice.
 
     Raises ValueError for another name.
     """
@@ -97,6 +104,8 @@ def why_not(name: Backend, request: Request) -> str | None:
     """The reason ``name`` cannot give the right answer to ``request``; None when it can."""
     if name is Backend.REFERENCE:
         return None
+    if name not in ATTENTION_BACKENDS:
+        return f"it serves an LSTM; attention runs on {', '.join(ATTENTION_BACKENDS)}"
     if name is Backend.SDPA:
         return _why_not_sdpa(request)
     if request.dtype not in _KERNEL_DTYPES:
@@ -160,7 +169,7 @@ def explain(request: Request) -> Explanation:
     """What ``choose`` takes, with the reasons; raises its errors."""
     chosen, forced = choose(request), forced_backend()
     because = dict(_order(request))[chosen] if forced is None else f'forced by fastattn.backend("{forced}")'
-    others = (name for name in Backend if name is not chosen)
+    others = (name for name in ATTENTION_BACKENDS if name is not chosen)
     skipped = {name: why_not(name, request) or _not_preferred(name, request, chosen) for name in others}
     return Explanation(chosen, because, skipped)
 

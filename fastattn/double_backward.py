@@ -1,6 +1,7 @@
 """The derivatives of the operators' derivatives: by the eager definition, which is differentiable to any order.
 
-Right and slow: it holds the (B, H, L, S) scores. Importing this module gives it to the operators.
+Right and slow: that of attention holds the (B, H, L, S) scores, that of the LSTM walks the steps in Python. Importing
+this module gives them to the operators.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import reference
+from fastattn import reference, reference_lstm
 from fastattn.kernels.attention import autograd
+from fastattn.kernels.lstm import autograd as lstm_autograd
 
 _NAMES = (
     "attn_mask", "key_padding_mask", "alibi_slopes", "segment_query", "segment_key", "seed", "dropout_p", "scale",
@@ -40,3 +42,4 @@ def _weights(query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any) -> tuple
 
 
 autograd.second_derivative.update(attention=_attention, weights=_weights)
+lstm_autograd.second_derivative["layer"] = reference_lstm.lstm_layer

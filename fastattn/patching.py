@@ -1,4 +1,4 @@
-"""patch and unpatch: fused attention inside a model that already exists.
+"""patch and unpatch: fused attention and LSTM inside a model that already exists.
 
 A supported module keeps its identity and changes its class. Nothing is rebuilt, so whatever holds the module or its
 state (parents that share it, DistributedDataParallel, hooks and their handles, optimizers, parametrisations, tied
@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastattn.modules.attention import MultiheadAttention
+from fastattn.modules.lstm import LSTM
+from fastattn.modules.lstm_cell import LSTMCell
 
 # Bound at import: a program may rebind torch.nn.MultiheadAttention to ours.
 _TorchMultiheadAttention = nn.MultiheadAttention
@@ -30,12 +32,18 @@ _ORIGINAL_CLASS = "_fastattn_original_class"
 _NESTED = "_fastattn_use_nested_tensor"
 
 # A subclass may redefine these methods of torch's class and still compute what torch's class computes.
-_HARMLESS = frozenset({"_reset_parameters", "extra_repr"})
+_HARMLESS = frozenset({"_reset_parameters", "reset_parameters", "flatten_parameters", "extra_repr"})
 # Of the special names only these matter: they take part in a call, or in copying the class we make of a subclass.
 _SPECIAL = frozenset(
     {"__call__", "__getattr__", "__getattribute__", "__getstate__", "__new__", "__reduce__", "__reduce_ex__"}
 )
-_patched_classes: dict[type[Any], type[Any]] = {_TorchMultiheadAttention: MultiheadAttention}
+# torch's classes and ours; _patched_classes has those made of subclasses, too.
+_SUPPORTED: dict[type[Any], type[Any]] = {
+    _TorchMultiheadAttention: MultiheadAttention,
+    nn.LSTM: LSTM,
+    nn.LSTMCell: LSTMCell,
+}
+_patched_classes: dict[type[Any], type[Any]] = dict(_SUPPORTED)
 
 
 @dataclass
@@ -56,10 +64,13 @@ class PatchReport:
 def patch(model: nn.Module, need_weights: bool | None = None) -> PatchReport:
     """Make every supported module inside ``model`` compute on fastattn, in place.
 
-    Supported are nn.MultiheadAttention, subclasses of it that change nothing of its computation, and Hugging Face
-    models of a verified architecture (see ``fastattn.integrations.huggingface``), which are switched through their
-    configuration. Parameters, buffers, hooks and the modules themselves stay the same objects. Patching again changes
-    nothing but ``need_weights``.
+    Supported are nn.MultiheadAttention, nn.LSTM and nn.LSTMCell, subclasses of them that change nothing of their
+    computation, and Hugging Face models of a verified architecture (see ``fastattn.integrations.huggingface``), which
+    are switched through their configuration. Parameters, buffers, hooks and the modules themselves stay the same
+    objects. Patching again changes nothing but ``need_weights``.
+
+    A patched nn.LSTM is a fastattn.LSTM, an nn.RNNBase but no nn.LSTM any more: TorchDynamo refuses that class. A
+    subclass of nn.LSTM keeps its class, and with it the refusal.
 
     Args:
         model: any module: nested, with shared modules, on any device, wrapped, or an attention module itself.
@@ -80,10 +91,10 @@ def patch(model: nn.Module, need_weights: bool | None = None) -> PatchReport:
         reason = _why_not(module)
         if reason is not None:
             report.skipped[name] = reason
-        elif type(module) is not MultiheadAttention and isinstance(module, _TorchMultiheadAttention):
+        elif _supported(module) is not None:
             _switch(module)
             report.replaced.append(name)
-        if _ORIGINAL_CLASS in module.__dict__ and need_weights is not None:
+        if need_weights is not None and _ORIGINAL_CLASS in module.__dict__ and isinstance(module, MultiheadAttention):
             module.need_weights = need_weights
     _keep_padded(model)
     if _TRANSFORMERS in sys.modules:
@@ -98,7 +109,8 @@ def patch(model: nn.Module, need_weights: bool | None = None) -> PatchReport:
 def unpatch(model: nn.Module) -> list[str]:
     """Undo ``patch``: every module inside ``model`` that was patched is what it was before, parameters untouched.
 
-    Modules built as ``fastattn.MultiheadAttention`` stay; a model that was never patched is left as it is.
+    Modules built as ``fastattn.MultiheadAttention`` or ``fastattn.LSTM`` stay; a model that was never patched is left
+    as it is.
 
     Returns the names of the restored modules.
 
@@ -126,25 +138,31 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
 
 
+def _supported(module: nn.Module) -> type[Any] | None:
+    """The class of torch's that has ours in its place, of which ``module`` is one; None for any other module."""
+    return next((cls for cls in _SUPPORTED if isinstance(module, cls)), None)
+
+
 def _why_not(module: nn.Module) -> str | None:
-    """Why an attention module stays as it is; None for one that can be switched, and for any other module."""
+    """Why a module stays as it is; None for one that can be switched, and for one that is none of the supported."""
     if isinstance(module, torch.jit.ScriptModule):
-        scripted = getattr(module, "original_name", "") == "MultiheadAttention"
+        scripted = getattr(module, "original_name", "") in {cls.__name__ for cls in _SUPPORTED}
         return "compiled by TorchScript; patch the model before scripting it" if scripted else None
-    if not isinstance(module, _TorchMultiheadAttention):
-        return None
-    if isinstance(module, MultiheadAttention):
+    if isinstance(module, tuple(_SUPPORTED.values())):
         return "already fastattn"
+    supported = _supported(module)
+    if supported is None:
+        return None
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     cls = _base_class(module)
-    if cls.forward is not _TorchMultiheadAttention.forward:
+    if cls.forward is not supported.forward:
         return f"{cls.__name__} has its own forward"
     overrides = sorted(
         name
-        for parent in cls.__mro__[: cls.__mro__.index(_TorchMultiheadAttention)]
+        for parent in cls.__mro__[: cls.__mro__.index(supported)]
         for name in vars(parent)
-        if hasattr(_TorchMultiheadAttention, name)
+        if hasattr(supported, name)
         and name not in _HARMLESS
         and (name in _SPECIAL or not name.startswith("__"))
     )
@@ -173,16 +191,20 @@ def _set_class(module: nn.Module, cls: type[Any]) -> None:
 
 
 def _patched_class(cls: type[Any]) -> type[Any]:
-    """Our class for ``cls``: fastattn.MultiheadAttention, or for a subclass both, so that isinstance keeps holding."""
+    """Ours in the place of torch's ``cls``; for a subclass of torch's both, so that isinstance keeps holding."""
     if cls not in _patched_classes:
+        supported = next(torchs for torchs in _SUPPORTED if issubclass(cls, torchs))
+        ours = _SUPPORTED[supported]
+        # Ours derives from torch's, except for the LSTM, where it has to come first to be found.
+        bases = (cls, ours) if issubclass(ours, supported) else (ours, cls)
         namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduce}
-        _patched_classes[cls] = type(cls.__name__, (cls, MultiheadAttention), namespace)
+        _patched_classes[cls] = type(cls.__name__, bases, namespace)
     return _patched_classes[cls]
 
 
 def _reduce(module: nn.Module, _protocol: int) -> tuple[Any, ...]:
     """Pickle a patched subclass by the class it had: the class made for it cannot be found by its name."""
-    return _rebuild, (module.__dict__[_ORIGINAL_CLASS],), module.__dict__
+    return _rebuild, (module.__dict__[_ORIGINAL_CLASS],), module.__getstate__()
 
 
 def _rebuild(cls: type[Any]) -> Any:

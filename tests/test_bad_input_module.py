@@ -138,7 +138,7 @@ def forced(name: Any, **changes: Any) -> Callable[[], Any]:
 
 
 OTHERS: list[tuple[Any, ...]] = [
-    ("backend typo", forced("cuda"), VE, "backend: got 'cuda', allowed are 'auto', 'triton', 'cpu', 'sdpa'"),
+    ("backend typo", forced("cudnn"), VE, "backend: got 'cudnn', allowed are 'auto', 'triton', 'cpu', 'sdpa'"),
     ("backend None", forced(None), VE, "backend: got None, allowed are 'auto'"),
     ("backend list", forced(["cpu"]), VE, r"backend: got \['cpu'\], allowed are 'auto'"),
     ("cpu, 257", lambda: forced("cpu", **dims(257))(), RE, r'backend\("cpu"\) cannot .*: head dimension 257 > 256'),

@@ -10,15 +10,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # From top to bottom; a name stands for the module and all below it. A module imports its own layer and those under it.
 LAYERS = (
     ("fastattn.__main__", "fastattn.demo"),
-    ("fastattn.profiling", "fastattn.testing"),
+    ("fastattn.profiling", "fastattn.testing", "fastattn.testing_lstm"),
     ("fastattn",),
     ("fastattn.patching", "fastattn.integrations", "fastattn.replacing"),
     ("fastattn.modules",),
     ("fastattn.functional", "fastattn.additive", "fastattn.varlen", "fastattn.varlen_op", "fastattn.varlen_eager",
-     "fastattn.kv_cache", "fastattn.kv_cache_op", "fastattn.kv_cache_eager", "fastattn.double_backward"),
-    ("fastattn.dispatch", "fastattn.sdpa", "fastattn.validation", "fastattn.additive_validation",
-     "fastattn.varlen_checks", "fastattn.debug"),
-    ("fastattn.reference", "fastattn.reference_additive"),
+     "fastattn.kv_cache", "fastattn.kv_cache_op", "fastattn.kv_cache_eager", "fastattn.layer_norm_lstm",
+     "fastattn.double_backward"),
+    ("fastattn.dispatch", "fastattn.lstm_dispatch", "fastattn.sdpa", "fastattn.validation",
+     "fastattn.additive_validation", "fastattn.varlen_checks", "fastattn.debug"),
+    ("fastattn.reference", "fastattn.reference_additive", "fastattn.reference_lstm",
+     "fastattn.reference_layer_norm_lstm"),
     ("fastattn.kernels",),
     ("fastattn.philox",),
 )  # fmt: skip
@@ -78,4 +80,5 @@ def test_no_circle() -> None:
 
 def test_only_tests_and_benchmarks_import_testing() -> None:
     modules = _modules()
-    assert not [module for module, path in modules.items() if "fastattn.testing" in _imports(path, modules)]
+    testing = {"fastattn.testing", "fastattn.testing_lstm"}
+    assert not [module for module, path in modules.items() if testing & _imports(path, modules)]

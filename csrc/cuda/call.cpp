@@ -6,6 +6,8 @@
 
 #include <atomic>
 
+#include "paths.h"
+
 namespace fastattn::cuda {
 
 namespace {
@@ -30,14 +32,32 @@ const LstmArgs& on_device(const LstmArgs& args) {
   return args;
 }
 
+// tf32 is asked for as cuBLAS asks: it computes the other products of the call.
+bool tf32_for(Element type) { return type == Element::single && at::globalContext().allowTF32CuBLAS(); }
+
+bool may_persist(const LstmShape& shape) { return persistent_allowed && !shape.projection && shape.rows > 0; }
+
 }  // namespace
 
 void allow_persistent(bool allowed) { persistent_allowed = allowed; }
 
+std::pair<bool, bool> persistent(
+    at::ScalarType scalar_type, int64_t directions, int64_t batch, int64_t hidden, bool projection) {
+  TORCH_CHECK_VALUE(
+      directions >= 1 && directions <= 2 && batch >= 1 && hidden >= 1, "got ", directions, " directions, batch ", batch,
+      ", ", hidden, " hidden units");
+  if (projection || !persistent_allowed) return {false, false};
+  const Element type = element_of(scalar_type);
+  const bool tf32 = tf32_for(type);
+  return {
+      plan_forward(type, tf32, directions, batch, hidden).unit_blocks > 0,
+      plan_backward(type, tf32, directions, batch, hidden).unit_blocks > 0};
+}
+
 Call::Call(const LstmArgs& args)
     : shape(lstm_shape(on_device(args))),
       type(element_of(args.input.scalar_type())),
-      tf32(type == Element::single && at::globalContext().allowTF32CuBLAS()),
+      tf32(tf32_for(type)),
       device(args.input.device()),
       stream(current_stream()) {
   const at::Tensor* weight = args.weights.data();
@@ -73,6 +93,14 @@ at::Tensor Call::at_last_steps(const at::Tensor& rows) const {
   return at::index_select(rows, 0, index);
 }
 
-bool Call::may_persist() const { return persistent_allowed && !shape.projection && shape.rows > 0; }
+Plan forward_plan(const Call& call) {
+  const LstmShape& s = call.shape;
+  return may_persist(s) ? plan_forward(call.type, call.tf32, s.directions, s.batch, s.hidden) : Plan{};
+}
+
+Plan backward_plan(const Call& call) {
+  const LstmShape& s = call.shape;
+  return may_persist(s) ? plan_backward(call.type, call.tf32, s.directions, s.batch, s.hidden) : Plan{};
+}
 
 }  // namespace fastattn::cuda

@@ -32,13 +32,13 @@ struct Call {
   Steps steps() const;
   // The step that direction d computes as its s-th.
   int64_t step(int64_t d, int64_t s) const { return d == 1 ? shape.steps - 1 - s : s; }
-  // Row b's last step is at row last_rows()[b] of the input: a slice, or numbers on the device.
+  // Of `rows`, (N, ...), those of the last step of each row of the batch: (B, ...).
   at::Tensor at_last_steps(const at::Tensor& rows) const;
-  bool may_persist() const;
 };
 
-// Tests and benchmarks compare the two paths: false leaves the persistent kernels unused.
-void allow_persistent(bool allowed);
+// How the persistent kernels do a call; without unit_blocks where they may not or cannot.
+Plan forward_plan(const Call& call);
+Plan backward_plan(const Call& call);
 
 // A kernel's view of a tensor that may be absent.
 inline const void* pointer(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }

@@ -93,9 +93,9 @@ FASTATTN_MMA(bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 FASTATTN_MMA(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef FASTATTN_MMA
 
-// The barrier between the blocks of a group: a counter that only grows. What any thread of a block wrote before arrive()
-// is seen by every thread of a block after its wait(): the block's own barrier orders the threads, release and acquire
-// order the blocks. All threads of a block call both.
+// The barrier between the blocks of a group: a counter that only grows. What any thread of a block wrote before
+// arrive() is seen by every thread of a block after its wait(): the block's own barrier orders the threads, release and
+// acquire order the blocks. All threads of a block call both.
 FASTATTN_INLINE void arrive(uint32_t* arrivals) {
   __syncthreads();
   if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrivals) : "memory");

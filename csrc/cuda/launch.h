@@ -89,7 +89,7 @@ void upload(const int64_t* values, int64_t count, int64_t* to, void* stream);
 // ---- The persistent kernels (lstm_persistent.cuh): a whole sequence in one launch.
 
 // How the work is laid out over the device. A group of blocks owns every `groups`-th row of the batch in one direction,
-// and shares a barrier; a block of it owns a few units, whose weights it keeps in registers.
+// and shares a barrier; a block of it owns a few units, whose weights it keeps.
 struct Plan {
   int64_t unit_blocks = 0;  // blocks of a group; 0: the kernel cannot do it
   int64_t groups = 0;

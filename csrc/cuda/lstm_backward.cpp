@@ -175,8 +175,7 @@ LstmBackward lstm_backward_cuda(
   if (grad.h_n) backward.grad_h0.copy_(*grad.h_n);
   if (grad.c_n) backward.grad_c0.copy_(*grad.c_n);
 
-  const Plan plan =
-      call.may_persist() ? plan_backward(call.type, call.tf32, s.directions, s.batch, s.hidden) : Plan{};
+  const Plan plan = backward_plan(call);
   const int64_t together = plan.side_by_side ? s.directions : 1;
   Recurrence recurrence[2];
   for (int64_t d = 0; d < s.directions; d += together) {

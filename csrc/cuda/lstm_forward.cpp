@@ -1,9 +1,9 @@
 // The forward of the CUDA LSTM, for each direction: W_ih x as one product over all rows, then the recurrence, either
 // the persistent kernel over the whole sequence or, step by step, one product and one kernel for the cells.
 //
-// The step-by-step path costs two launches and the host's time for them at each step; torch.cuda.graph around the call
-// removes that. It is not recorded in here: a graph holds the addresses of one call, and recording takes longer than the
-// call.
+// The step-by-step path costs two launches and the host's time for them at each step; torch.cuda.graph around the
+// call removes that. It is not recorded in here: a graph holds the addresses of one call, and recording takes longer
+// than the call.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -122,8 +122,7 @@ LstmForward lstm_forward_cuda(const LstmArgs& args, bool save) {
     input_gates[d] = at::mm(input, call.directions[static_cast<size_t>(d)].w_ih.t());
     cells[d] = cells_of(call, results, input_gates[d], d);
   }
-  const Plan plan =
-      call.may_persist() ? plan_forward(call.type, call.tf32, s.directions, s.batch, s.hidden) : Plan{};
+  const Plan plan = forward_plan(call);
   const int64_t together = plan.side_by_side ? s.directions : 1;
   for (int64_t d = 0; d < s.directions; d += together) {
     if (plan.unit_blocks > 0)

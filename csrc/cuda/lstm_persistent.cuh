@@ -1,9 +1,9 @@
-// The product at the heart of the persistent kernels, whose recurrent weights stay in registers for a whole sequence.
+// The product at the heart of the persistent kernels, whose recurrent weights stay on the SMs for a whole sequence.
 //
-// One launch computes all steps. A block owns a few units of one direction and loads its rows of W_hh once. At each step
-// it multiplies them with the state of every row of its group of the batch, adds the sums of its warps in shared memory,
-// computes its cells, writes their state to global memory, and waits at a barrier until the other blocks of the group
-// have done so. Blocks of different groups never wait for one another; rows that have ended cost nothing.
+// One launch computes all steps. A block owns a few units of one direction and loads its rows of W_hh once. At each
+// step it multiplies them with the state of every row of its group of the batch, adds the sums of its warps in shared
+// memory, computes its cells, writes their state to global memory, and waits at a barrier until the other blocks of the
+// group have done so. Blocks of different groups never wait for one another; rows that have ended cost nothing.
 //
 // The product is W (units, depth) state^T (depth, rows) in tiles of 16 x 8 of the tensor cores. The warps share the
 // depth: warp w has the blocks w, w + 8, ... of 64 bytes of each row, so that each state is loaded once per block.
@@ -20,11 +20,11 @@
 //     state          1.1 us  0.3 us to the first byte; 128 blocks read (16, 1024) forward: 4.2 MB
 //                    1.8 us  backward: 64 blocks for each of two groups read (8, 4096): 8.4 MB
 //     tensor cores   0.2 us  0.13 GFLOP at 60 % of the peak, what mma.sync reaches on Hopper
-//     weights        0 us    8.4 MB, 64 KiB (backward 128 KiB) of each SM's 256 KiB of registers, read once for all steps;
+//     weights        0 us    8.4 MB: 64 KiB (backward 128 KiB) of each SM's registers and shared memory, read once;
 //                            step by step they come from the L2 cache each time, 1.5 us, beside two launches
 //
-// In float32 everything but the barrier doubles or more, and half of the backward's weights, 256 KiB a block, lie in shared
-// memory: more than there is on sm_80, which takes that backward step by step.
+// In float32 everything but the barrier doubles or more. The backward then keeps up to 256 KiB of weights in a block,
+// 192 of them in shared memory: more than sm_80 has, which beyond H = 512 goes step by step.
 #pragma once
 
 #include "cells.cuh"

@@ -1,5 +1,5 @@
-// The backward of a whole sequence in one launch. A block owns 16 units, 16 columns of W_hh: the gradient of their h_t is
-// the product with G, the gradient of all 4 H sums of the step after, which the other blocks left in global memory.
+// The backward of a whole sequence in one launch. A block owns 16 units, 16 columns of W_hh: the gradient of their h_t
+// is the product with G, the gradient of all 4 H sums of the step after, which the other blocks left in global memory.
 #include "lstm_persistent.cuh"
 
 namespace fastattn::cuda {
@@ -25,7 +25,7 @@ FASTATTN_INLINE void load_weights(
       const int64_t count = unit < hidden && gate < 4 ? hidden - k : 0;
       weights.set(block, octet, gather<T, EXACT>(w + (gate * hidden + k) * hidden + unit, hidden, count));
     }
-    __syncthreads();  // the assembler would otherwise issue all these loads at once, into registers it has not
+    __syncthreads();  // else the assembler issues all these loads at once, into registers it has not
   }
 }
 
@@ -90,6 +90,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
         const int count = carried - begin < kRows ? carried - begin : kRows, depth = static_cast<int>(width);
         const T* from = grad_gates + first_row(a.steps, after) * width + begin * stride;
         float* to = partials + turn * kPartials;
+        __syncwarp();  // the tensor cores want all lanes
         constexpr int columns = sizeof(T) == 4 ? 1 : 2;  // float32 leaves no registers for all 16 rows at once
         if (count <= 8)
           partial_sums<1>(weights, from, stride, count, depth, to);

@@ -21,14 +21,15 @@ FASTATTN_INLINE void load_weights(const T* w, int64_t hidden, int unit_block, We
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate)
       weights.set(block, gate, gather<T, EXACT>(w + (gate * hidden + unit) * hidden + k, 1, count));
-    __syncthreads();  // the assembler would otherwise issue all these loads at once, into registers it has not
+    __syncthreads();  // else the assembler issues all these loads at once, into registers it has not
   }
 }
 
 // This warp's share of the sums of 8 COLUMNS rows, to shared memory.
 template <int COLUMNS, class T, bool EXACT, int BLOCKS>
 FASTATTN_INLINE void partial_sums(
-    const Weights<EXACT, 2, BLOCKS>& weights, const T* rows, int64_t stride, int count, int depth, Gates<float>* partial) {
+    const Weights<EXACT, 2, BLOCKS>& weights, const T* rows, int64_t stride, int count, int depth,
+    Gates<float>* partial) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float sum[COLUMNS][2][4] = {};
   multiply(weights, rows, stride, count, depth, sum);
@@ -43,7 +44,8 @@ FASTATTN_INLINE void partial_sums(
 // Of more than 16 rows; float32 leaves no registers for all 32 rows at once.
 template <class T, bool EXACT, int BLOCKS>
 FASTATTN_INLINE void partial_sums_of_all(
-    const Weights<EXACT, 2, BLOCKS>& weights, const T* rows, int64_t stride, int count, int depth, Gates<float>* partial) {
+    const Weights<EXACT, 2, BLOCKS>& weights, const T* rows, int64_t stride, int count, int depth,
+    Gates<float>* partial) {
   if constexpr (sizeof(T) == 4) {
 #pragma unroll 1
     for (int begin = 0; begin < count; begin += 16)
@@ -100,6 +102,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
       turn ^= 1;
       const T* from = state + begin * stride;
       const int depth = static_cast<int>(a.depth);
+      __syncwarp();  // the tensor cores want all lanes, and those without a cell have skipped it
       if (count > 16)
         partial_sums_of_all(weights, from, stride, count, depth, partial);
       else if (count > 8)

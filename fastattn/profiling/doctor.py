@@ -6,7 +6,7 @@ a compiler that miscompiles a kernel (it has happened, in the gradients first) s
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fastattn.dispatch import Backend, Request, backend, why_not
+from fastattn.dispatch import ATTENTION_BACKENDS, Backend, Request, backend, why_not
 from fastattn.functional import explain, scaled_dot_product_attention
 from fastattn.kernels.attention import extension
+from fastattn.profiling import lstm_doctor
 from fastattn.profiling.environment import device_name, versions
+from fastattn.profiling.verdict import Results, Verdict, judge
 
 _SEED = 0
-# A fused backend may be this many times less exact than plain PyTorch in the same dtype, and some roundings more.
-_TIMES_PLAIN = {"output": 2.0, "gradients": 3.0}
-_ROUNDINGS = 4.0
 
 
 @dataclass(frozen=True)
@@ -36,37 +35,23 @@ class Case:
     bias: bool = False
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The worst error of one backend and dtype, as a share of what is allowed; above 1 it fails."""
-
-    backend: Backend
-    dtype: torch.dtype
-    share: float
-    where: str
-
-    @property
-    def passed(self) -> bool:
-        """False for an error beyond the budget, NaN included."""
-        return self.share <= 1.0
-
-
 def examine(device: torch.device) -> int:
     """Print versions, device, backends and the self-check; 0 when every available backend is right, else 1."""
     print("\n".join(f"{name:<13} {version}" for name, version in versions().items()))
     print(f"{'device':<13} {_device_line(device)}")
     print(f"{'extension':<13} {extension.UNAVAILABLE or 'built'}")
-    verdicts, unavailable = self_check(device)
-    print("\nbackends, forward and backward against the float64 reference (share of the error allowed)")
-    for verdict in verdicts:
-        state = "ok    " if verdict.passed else "WRONG "
-        print(f"  {state} {verdict.backend:<10} {str(verdict.dtype)[6:]:<9} {verdict.share:.2f} ({verdict.where})")
-    for name, reason in unavailable.items():
-        print(f"  absent {name:<10} {reason}")
+    attention, lstm = self_check(device), lstm_doctor.self_check(device)
+    for title, (verdicts, unavailable) in (("attention", attention), ("LSTM", lstm)):
+        print(f"\n{title}: backends, forward and backward against the float64 reference (share of the error allowed)")
+        print("\n".join(f"  {verdict}" for verdict in verdicts))
+        print("\n".join(f"  absent {name:<10} {reason}" for name, reason in unavailable.items()))
     print("\nwhat serves a call (batch 2, 8 heads of 64, length 512)")
-    for title, chosen in _choices(device).items():
-        print(f"  {title:<28} {chosen}")
-    wrong = [verdict for verdict in verdicts if not verdict.passed]
+    for call, chosen in _choices(device).items():
+        print(f"  {call:<28} {chosen}")
+    print("\nwhat serves an LSTM")
+    for call, chosen in lstm_doctor.choices(device).items():
+        print(f"  {call:<28} {chosen}")
+    wrong = [verdict for verdict in (*attention[0], *lstm[0]) if not verdict.passed]
     print(f"\n{'all available backends are right' if not wrong else f'{len(wrong)} checks failed'}")
     return 1 if wrong else 0
 
@@ -75,11 +60,11 @@ def self_check(device: torch.device) -> tuple[list[Verdict], dict[Backend, str]]
     """Verdicts on the backends available on ``device``, and for each other one the reason."""
     dtypes = [torch.float32, torch.float16, torch.bfloat16] if device.type == "cuda" else [torch.float32]
     verdicts, unavailable = [], {}
-    jobs = [(name, dtype) for name in Backend if name is not Backend.REFERENCE for dtype in dtypes]
+    jobs = [(name, dtype) for name in ATTENTION_BACKENDS if name is not Backend.REFERENCE for dtype in dtypes]
     for name, dtype in tqdm(jobs, desc="self-check", unit="backend", leave=False):
         reason = why_not(name, Request(device.type, dtype, head_dim=64, value_dim=64))
         if reason is None:
-            verdicts.append(_verdict(name, dtype, device))
+            verdicts.append(judge(name, dtype, _answers(name, dtype, device)))
         else:
             unavailable[name] = reason
     return verdicts, unavailable
@@ -101,35 +86,17 @@ def _cases(device: torch.device) -> list[Case]:
     ]
 
 
-def _verdict(name: Backend, dtype: torch.dtype, device: torch.device) -> Verdict:
-    """The judgement; a backend that raises is wrong, and the others are still examined."""
-    try:
-        return _judge(name, dtype, device)
-    except Exception as error:
-        return Verdict(name, dtype, math.inf, f"raised {type(error).__name__}: {error}")
-
-
-def _judge(name: Backend, dtype: torch.dtype, device: torch.device) -> Verdict:
-    worst, where = 0.0, "output"
+def _answers(
+    name: Backend, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Results, Results, Results]]:
     for case in _cases(device):
         inputs = _inputs(case, dtype, device)
-        exact = _compute(Backend.REFERENCE, case, _as(inputs, torch.float64))
-        plain = _compute(Backend.REFERENCE, case, inputs)
-        found = _compute(name, case, inputs)
-        for what, wanted in exact.items():
-            kind = "output" if what == "output" else "gradients"
-            rounding = _ROUNDINGS * torch.finfo(dtype).eps * float(wanted.abs().max())
-            allowed = _TIMES_PLAIN[kind] * _error(plain[what], wanted) + rounding
-            share = _error(found[what], wanted) / allowed
-            if math.isnan(share):
-                return Verdict(name, dtype, share, f"{what}, {case.name}")
-            if share > worst:
-                worst, where = share, f"{what}, {case.name}"
-    return Verdict(name, dtype, worst, where)
-
-
-def _error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted).abs().max())
+        yield (
+            case.name,
+            _compute(Backend.REFERENCE, case, _as(inputs, torch.float64)),
+            _compute(Backend.REFERENCE, case, inputs),
+            _compute(name, case, inputs),
+        )
 
 
 def _inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

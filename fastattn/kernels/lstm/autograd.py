@@ -1,0 +1,162 @@
+"""The derivatives of the LSTM layer, for the operator and for eager calls that go around the dispatcher.
+
+A derivative of these derivatives is taken by the eager definition: see ``second_derivative``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.kernels.lstm import extension, torch_lstm
+
+# "layer": (input, batch_sizes, h0, c0, weights) -> out, h_n, c_n. Plain PyTorch, differentiable to any order;
+# ``fastattn.double_backward`` puts it here, because kernels import nothing that stands above them.
+second_derivative: dict[str, Callable[..., Results]] = {}
+
+Results = tuple[Tensor, Tensor, Tensor]  # out, h_n, c_n
+_RESULTS = 3
+
+
+# The operator ------------------------------------------------------------------------------------------------
+
+
+def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep what ``vjp`` needs."""
+    input, batch_sizes, h0, c0, weights, _, ctx.backend = inputs
+    out, _, _, gates, cells = output
+    ctx.mark_non_differentiable(gates, cells)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(batch_sizes, out, gates, cells, input, h0, c0, *weights)
+
+
+def vjp(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    """Gradients of the inputs of ``lstm_layer``."""
+    batch_sizes, out, gates, cells, input, h0, c0, *weights = ctx.saved_tensors
+    wanted = grads[:_RESULTS]
+    if torch.is_grad_enabled():
+        needs = ctx.needs_input_grad
+        many = needs[4] if isinstance(needs[4], Sequence) else (needs[4],) * len(weights)
+        dinput, dh0, dc0, *dweights = _by_definition(
+            (input, h0, c0, *weights), (needs[0], needs[2], needs[3], *many), batch_sizes, 1, wanted
+        )
+        return dinput, None, dh0, dc0, dweights, None, None
+    if gates.shape[0] == 0 and ctx.backend != "torch":
+        out, _, _, gates, cells = torch.ops.fastattn.lstm_layer(input, batch_sizes, h0, c0, weights, True, ctx.backend)
+    dinput, dh0, dc0, dweights = torch.ops.fastattn.lstm_layer_backward(
+        *wanted, input, batch_sizes, h0, c0, weights, out, gates, cells, ctx.backend
+    )
+    return dinput, None, dh0, dc0, dweights, None, None
+
+
+# Eager calls -------------------------------------------------------------------------------------------------
+
+
+class _ExtensionLayer(torch.autograd.Function):
+    """One layer of the extension."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, *inputs: Any) -> Results:
+        input, batch_sizes, h0, c0, *weights = inputs
+        out, h_n, c_n, gates, cells = extension.forward[backend](input, batch_sizes, h0, c0, weights, True)
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(batch_sizes, out, gates, cells, input, h0, c0, *weights)
+        return out, h_n, c_n
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        batch_sizes, out, gates, cells, input, h0, c0, *weights = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            dinput, dh0, dc0, *dweights = _by_definition(
+                (input, h0, c0, *weights), _needed(ctx.needs_input_grad), batch_sizes, 1, grads
+            )
+        else:
+            dinput, dh0, dc0, dweights = extension.backward[ctx.backend](
+                *grads, input, batch_sizes, h0, c0, weights, out, gates, cells
+            )
+        return None, dinput, None, dh0, dc0, *dweights
+
+
+class _TorchLayers(torch.autograd.Function):
+    """torch's own LSTM where cuDNN computes it, which has no second derivative: its graph stays inside this node."""
+
+    @staticmethod
+    def forward(ctx: Any, layers: int, *inputs: Any) -> Results:
+        input, batch_sizes, h0, c0, *weights = inputs
+        ctx.layers = layers
+        ctx.graph = _graph(layers, batch_sizes, (input, h0, c0, *weights), _needed(ctx.needs_input_grad))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(batch_sizes, input, h0, c0, *weights)
+        out, h_n, c_n = (result.detach() for result in ctx.graph[1])
+        return out, h_n, c_n
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        batch_sizes, *tensors = ctx.saved_tensors
+        needed = _needed(ctx.needs_input_grad)
+        found: Sequence[Tensor | None]
+        if torch.is_grad_enabled():
+            found = _by_definition(tensors, needed, batch_sizes, ctx.layers, grads)
+        else:
+            # The graph is gone after the first backward, as any other; for a second one it is built again.
+            leaves, results = ctx.graph or _graph(ctx.layers, batch_sizes, tensors, needed)
+            ctx.graph = None
+            found = torch_lstm.gradients(leaves, results, grads)
+        dinput, dh0, dc0, *dweights = found
+        return None, dinput, None, dh0, dc0, *dweights
+
+
+# (backend, input, batch_sizes, h0, c0, *weights), backend "cpu" or "cuda".
+extension_layer: Callable[..., Results] = _ExtensionLayer.apply
+# (layers, input, batch_sizes, h0, c0, *weights), without dropout between the layers.
+torch_layers: Callable[..., Results] = _TorchLayers.apply
+
+
+def _graph(layers: int, batch_sizes: Tensor | None, tensors: Sequence[Tensor], needed: Sequence[bool]) -> Any:
+    leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needed, strict=True)]
+    with torch.enable_grad():
+        return leaves, torch_lstm.run(leaves[0], batch_sizes, leaves[1], leaves[2], leaves[3:], layers)
+
+
+def _needed(needs_input_grad: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Which of input, h0, c0 and the weights need a gradient, of a node of an eager call."""
+    return needs_input_grad[1], *needs_input_grad[3:]
+
+
+def _by_definition(
+    tensors: Sequence[Tensor], needed: Sequence[bool], batch_sizes: Tensor | None, layers: int, grads: Sequence[Any]
+) -> list[Tensor | None]:
+    """Gradients of (input, h0, c0, *weights), themselves part of a graph: with create_graph=True."""
+    # Aliases: where one input depends on another, as h0 may on the input, no derivative may follow it there.
+    aliases = [tensor.view_as(tensor) for tensor in tensors]
+    results = _layers_by_definition(aliases, batch_sizes, layers)
+    pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
+    places = [place for place, need in enumerate(needed) if need]
+    found: list[Tensor | None] = [None] * len(aliases)
+    if pairs and places:
+        outputs, weighing = zip(*pairs, strict=True)
+        derivatives = torch.autograd.grad(
+            outputs, [aliases[place] for place in places], weighing, create_graph=True, allow_unused=True
+        )
+        for place, derivative in zip(places, derivatives, strict=True):
+            found[place] = derivative
+    return found
+
+
+def _layers_by_definition(
+    tensors: list[Tensor], batch_sizes: Tensor | None, layers: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, h0, c0, *weights = tensors
+    directions, per_layer = h0.shape[0] // layers, len(weights) // layers
+    states = []
+    for layer in range(layers):
+        rows = slice(layer * directions, (layer + 1) * directions)
+        of_layer = weights[layer * per_layer : (layer + 1) * per_layer]
+        out, *state = second_derivative["layer"](out, batch_sizes, h0[rows], c0[rows], of_layer)
+        states.append(state)
+    h_n, c_n = (torch.cat(parts) for parts in zip(*states, strict=True))
+    return out, h_n, c_n

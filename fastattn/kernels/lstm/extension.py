@@ -1,0 +1,45 @@
+"""The LSTM of ``csrc`` behind the operators: float32, float16 and bfloat16, on the CPU and on CUDA.
+
+``csrc/lstm.h`` says what every tensor is; the extension checks what it is given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastattn.kernels.attention.extension import UNAVAILABLE as _NOT_BUILT
+
+try:
+    import fastattn._C as _extension
+except ImportError:
+    _extension = None
+
+DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32))
+# Compute capabilities on which the whole GPU test suite has passed. Only these may be chosen without being asked for:
+# a path that never ran on a real device is not a default.
+VERIFIED: frozenset[tuple[int, int]] = frozenset()
+
+# Per backend: (input, batch_sizes, h0, c0, weights, save) -> out, h_n, c_n, gates, cells;
+# (grad_out, grad_h_n, grad_c_n, input, batch_sizes, h0, c0, weights, out, gates, cells) -> their gradients.
+_NAMES = {"cpu": ("lstm_forward", "lstm_backward"), "cuda": ("lstm_forward_cuda", "lstm_backward_cuda")}
+forward: dict[str, Any] = {name: getattr(_extension, names[0], None) for name, names in _NAMES.items()}
+backward: dict[str, Any] = {name: getattr(_extension, names[1], None) for name, names in _NAMES.items()}
+
+
+def why_unavailable(backend: str) -> str | None:
+    """The reason the extension cannot run on this kind of device, "cpu" or "cuda"; None when it can."""
+    if _NOT_BUILT is not None:
+        return _NOT_BUILT
+    if forward[backend] is None:
+        device = "" if backend == "cpu" else " for CUDA"
+        return f"the C++ extension fastattn._C was built without the LSTM{device}; run: pip install -e ."
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
+    return None
+
+
+def verified() -> bool:
+    """Whether the current CUDA device has passed the GPU tests."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() in VERIFIED

@@ -1,0 +1,86 @@
+"""Which backend serves an LSTM call, and for each other one the reason why it does not.
+
+| backend   | what it is                                         | serves                                       |
+|-----------|----------------------------------------------------|----------------------------------------------|
+| cuda      | our CUDA kernels                                   | float32, float16, bfloat16 on CUDA           |
+| cpu       | our C++ kernels                                    | float32, float16, bfloat16 on the CPU        |
+| torch     | torch's own LSTM: oneDNN, cuDNN, or step by step   | everything outside torch.func's transforms   |
+| reference | plain PyTorch, one step after another              | everything                                   |
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastattn.dispatch import LSTM_BACKENDS, Backend, Explanation, forced_backend
+from fastattn.kernels.lstm import extension
+
+_BECAUSE = {
+    Backend.CUDA: "our CUDA kernels, verified on this device",
+    Backend.CPU: "our C++ kernels",
+    Backend.TORCH: "torch's own LSTM",
+    Backend.REFERENCE: "plain PyTorch serves every request",
+}
+
+
+def why_not(name: Backend, device_type: str, dtype: torch.dtype, transformed: bool = False) -> str | None:
+    """The reason ``name`` cannot serve a call with tensors of this device and dtype; None when it can.
+
+    ``transformed``: the call is inside a transform of ``torch.func``.
+    """
+    if name not in LSTM_BACKENDS:
+        return f"it serves attention; an LSTM runs on {', '.join(LSTM_BACKENDS)}"
+    if name is Backend.REFERENCE:
+        return None
+    if transformed:
+        return "inside a transform of torch.func; only plain PyTorch follows every one"
+    if name is Backend.TORCH:
+        return None
+    if device_type != name.value:
+        return f"device {device_type}; these kernels run on {name.value}"
+    if dtype not in extension.DTYPES:
+        return f"dtype {dtype}; our kernels take float16, bfloat16 and float32"
+    return extension.why_unavailable(name.value)
+
+
+def choose(device_type: str, dtype: torch.dtype, transformed: bool = False) -> Backend:
+    """The forced backend if there is one, else the first in the order of preference that can serve the call.
+
+    Raises RuntimeError when a forced backend cannot serve it.
+    """
+    forced = forced_backend()
+    if forced is None:
+        for name in _order(device_type):
+            if why_not(name, device_type, dtype, transformed) is None:
+                return name
+        return Backend.REFERENCE
+    reason = why_not(forced, device_type, dtype, transformed)
+    if reason is not None:
+        raise RuntimeError(f'fastattn.backend("{forced}") cannot serve this call: {reason}')
+    return forced
+
+
+def _order(device_type: str) -> tuple[Backend, ...]:
+    if device_type == "cpu":
+        return (Backend.CPU, Backend.TORCH)
+    if device_type == "cuda" and extension.verified():
+        return (Backend.CUDA, Backend.TORCH)
+    return (Backend.TORCH,)
+
+
+def explain(device_type: str, dtype: torch.dtype, transformed: bool = False) -> Explanation:
+    """What ``choose`` takes, with the reasons; raises its errors."""
+    chosen, forced = choose(device_type, dtype, transformed), forced_backend()
+    because = _BECAUSE[chosen] if forced is None else f'forced by fastattn.backend("{forced}")'
+    skipped = {
+        name: why_not(name, device_type, dtype, transformed) or _not_preferred(name, chosen)
+        for name in LSTM_BACKENDS
+        if name is not chosen
+    }
+    return Explanation(chosen, because, skipped)
+
+
+def _not_preferred(name: Backend, chosen: Backend) -> str:
+    if name is Backend.CUDA and not extension.verified():
+        return 'not verified on this device; force it with fastattn.backend("cuda")'
+    return f"can serve it; {chosen} is preferred"

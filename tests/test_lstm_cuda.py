@@ -1,0 +1,172 @@
+"""The CUDA LSTM on a GPU: both of its paths against the float64 oracle, run to run, and inside a CUDA graph.
+
+``tests/test_lstm_emulated.py`` runs the same code on a machine without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastattn.kernels.lstm import autograd, extension
+from fastattn.testing_lstm import Inputs, LstmCase, check, evaluate, make_inputs
+
+pytestmark = pytest.mark.gpu
+
+Case = LstmCase
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = (FP32, BF16, FP16)
+# Lengths between 1 and 40, more rows than one tile of the kernels.
+RAGGED = (40, 40, 37, 30, 30, 22, 17, 17, 16, 9, 8, 8, 5, 3, 2, 1, 1, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def built() -> Any:
+    # A wheel without the CUDA kernels is a failure here, not a skip: this is what the machine is for.
+    reason = extension.why_unavailable("cuda")
+    assert reason is None, reason
+    import fastattn._C
+
+    return fastattn._C
+
+
+@pytest.fixture(params=["persistent", "step by step"])
+def path(request: pytest.FixtureRequest, built: Any) -> Iterator[str]:
+    built.lstm_cuda_allow_persistent(request.param == "persistent")
+    yield request.param
+    built.lstm_cuda_allow_persistent(True)
+
+
+def layer(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    return autograd.extension_layer(
+        "cuda", inputs.input, inputs.batch_sizes, inputs.h0, inputs.c0, *inputs.weights
+    )
+
+
+SHAPES = [
+    Case(),
+    Case(directions=2),
+    Case(projection=4, directions=2),
+    Case(bias=False, lengths=RAGGED),
+    Case(directions=2, lengths=RAGGED),
+    Case(directions=2, lengths=RAGGED, projection=5, bias=False),
+    Case(steps=1, batch=1, hidden=1, inputs=1),
+    Case(steps=0),
+    Case(batch=0),
+    Case(steps=3, batch=200, hidden=64),
+    Case(steps=30, batch=16, hidden=256, inputs=64),
+    Case(steps=6, batch=33, hidden=512, inputs=16, directions=2),
+    Case(steps=4, batch=64, hidden=768, inputs=8),
+    Case(steps=4, batch=16, hidden=1024, inputs=8, directions=2),
+    Case(steps=3, batch=2, hidden=1500, inputs=8),  # more weights than the processors hold
+    Case(directions=2, layout="transposed"),
+    Case(layout="strided"),
+    *[Case(directions=2, lengths=RAGGED, losses=(loss,)) for loss in ("out", "h_n", "c_n")],
+]
+
+
+def _with(case: LstmCase, dtype: torch.dtype) -> LstmCase:
+    return LstmCase(**{**vars(case), "dtype": dtype})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SHAPES)
+def test_results_stay_within_the_budget(path: str, case: LstmCase, dtype: torch.dtype) -> None:
+    check(_with(case, dtype), layer, "cuda")
+
+
+@pytest.mark.parametrize("hidden", [256, 1024])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes_meant_for_the_persistent_kernel_take_it(built: Any, dtype: torch.dtype, hidden: int) -> None:
+    if torch.cuda.get_device_properties(0).multi_processor_count < 128:
+        pytest.skip("a smaller device holds fewer weights")
+    forward, backward = built.lstm_cuda_persistent(dtype, 2, 16, hidden, False)
+    assert forward
+    # In float32 the backward's weights need more shared memory than compute capability 8 has.
+    assert backward or (dtype == FP32 and hidden > 512 and torch.cuda.get_device_capability()[0] < 9)
+    assert built.lstm_cuda_persistent(dtype, 2, 16, hidden, True) == (False, False)
+    assert built.lstm_cuda_persistent(dtype, 1, 16, 4096, False) == (False, False)
+
+
+def test_tf32_only_where_torch_allows_it(built: Any) -> None:
+    case = Case(steps=20, batch=16, hidden=256)
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        rounded = evaluate(layer, case, make_inputs(case, "cuda"))
+        torch.backends.cuda.matmul.allow_tf32 = False
+        exact = evaluate(layer, case, make_inputs(case, "cuda"))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert not torch.equal(rounded["out"], exact["out"])
+    assert (rounded["out"] - exact["out"]).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_run_gives_the_same_bits(path: str, dtype: torch.dtype) -> None:
+    for case in (Case(directions=2, lengths=RAGGED, hidden=96), Case(steps=200, batch=17, hidden=512)):
+        inputs = make_inputs(_with(case, dtype), "cuda")
+        first = evaluate(layer, case, inputs)
+        for _ in range(20):
+            again = evaluate(layer, case, inputs)
+            assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("lengths", [None, RAGGED], ids=["padded", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_and_backward_replay_in_a_cuda_graph(
+    path: str, dtype: torch.dtype, lengths: tuple[int, ...] | None
+) -> None:
+    case = Case(steps=40, batch=8, hidden=64, directions=2, lengths=lengths, dtype=dtype)
+    static, other = make_inputs(case, "cuda"), make_inputs(LstmCase(**{**vars(case), "seed": 1}), "cuda")
+    grads = list(static.grads)
+
+    def work() -> list[Tensor]:
+        arguments = (static.input, static.batch_sizes, static.h0, static.c0, static.weights)
+        out, h_n, c_n, gates, cells = extension.forward["cuda"](*arguments, True)
+        dinput, dh0, dc0, dweights = extension.backward["cuda"](*grads, *arguments, out, gates, cells)
+        return [out, h_n, c_n, dinput, dh0, dc0, *dweights]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = work()
+    for values in (other, make_inputs(case, "cuda")):
+        static.input.copy_(values.input)
+        static.h0.copy_(values.h0)
+        graph.replay()
+        torch.cuda.synchronize()
+        for first, second in zip(replayed, work(), strict=True):
+            assert torch.equal(first, second)
+
+
+def test_two_streams_do_not_disturb_one_another(path: str) -> None:
+    case = Case(steps=100, batch=16, hidden=128, dtype=BF16)
+    inputs = make_inputs(case, "cuda")
+    expected = layer(inputs)[0]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    results = []
+    for _ in range(5):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(layer(inputs)[0])
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_tensors_of_two_devices_are_refused(built: Any) -> None:
+    inputs = make_inputs(Case(), "cuda")
+    inputs.h0 = inputs.h0.cpu()
+    with pytest.raises(ValueError, match="h0"):
+        layer(inputs)
+    with pytest.raises(ValueError, match="expected one on cuda"):
+        layer(make_inputs(Case()))
