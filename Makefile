@@ -7,6 +7,7 @@
 #   make fuzz N=5000                     random calls of every attention kernel against the float64 oracle
 #   make cuda-check                      registers and spills of the CUDA kernels, by nvcc; needs no GPU
 #   make install-test                    install into clean environments, with and without a compiler
+#   make sanitize                        the C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make budget                          registers, spills and shared memory of every kernel, per architecture
 
 PYTHON ?= python3
@@ -27,7 +28,7 @@ RUN := PYTHONPATH="$(CURDIR)" $(PYTHON)
 STAMP := build/in-place.stamp
 CHECK :=
 else
-RUN := $(VENV)/bin/python
+RUN := $(abspath $(VENV))/bin/python
 STAMP := $(VENV)/fastattn.stamp
 CHECK := check
 # Two processes of one thread each: the interpreter of the kernels has no use for threads.
@@ -36,7 +37,7 @@ endif
 
 PURE := The extension could not be built; going on in pure Python, see make doctor.
 
-.PHONY: demo test fuzz budget cuda-check install-test check setup profile doctor results clean
+.PHONY: demo test fuzz sanitize budget cuda-check install-test check setup profile doctor results clean
 
 demo: setup
 	$(RUN) -m fastattn demo $(DEMO_ARGS)
@@ -47,6 +48,22 @@ test: setup $(CHECK)
 # Draw N random calls of attention for each backend instead of the suite's 500.
 fuzz: setup
 	FASTATTN_FUZZ=$(N) OMP_NUM_THREADS=1 $(RUN) -m pytest $(WORKERS) tests/test_attention_core.py -k combinations
+
+# The extension once more, in a copy of the package, with checks of every access to memory and of undefined behaviour.
+SANITIZED := build/sanitized
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZE_ARGS ?= tests/test_extension.py tests/test_lstm_op.py tests/test_lstm_bad_input.py tests/test_lstm_runtime.py \
+	tests/test_layer_norm_lstm_op.py tests/test_layer_norm_lstm_bad_input.py
+sanitize: setup
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	cp -r csrc fastattn tests setup.py pyproject.toml README.md $(SANITIZED)
+	rm -f $(SANITIZED)/fastattn/*.so
+	cd $(SANITIZED) && FASTATTN_CXXFLAGS="$(SANITIZERS) -O1 -g1" FASTATTN_LDFLAGS="$(SANITIZERS)" FASTATTN_CUDA=0 \
+		$(RUN) setup.py --quiet build_ext --inplace
+	cd $(SANITIZED) && OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		$(RUN) -m pytest -p no:cacheprovider $(SANITIZE_ARGS)
 
 check: setup
 	$(RUN) -m ruff check .
