@@ -183,37 +183,39 @@ static void lstm_rows_of_weight(
           sums + row * kGateColumns + unit);
 }
 
-// The sums of rows [row, row + rows) for one block, to the scratch (rows, 64).
-static void lstm_sums(
-    const LstmForwardStep& s, int64_t row, int64_t rows, int64_t block, LstmLeft input, LstmLeft h, float* sums,
-    float* panel) {
-  const float* first = s.sums ? s.sums + row * s.sums_row : s.bias;
-  const int64_t step = s.sums ? s.sums_row : 0, there = s.hidden - block * kUnits;
-  const int64_t gate_step = s.sums ? s.sums_gate : s.hidden, block_step = s.sums ? s.sums_block : kUnits;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t gate = 0; gate < 4; ++gate)
-      for (int64_t j = 0; j < kUnits; j += kLanes)
-        store(sums + r * kGateColumns + gate * kUnits + j,
-              load_lanes(first + r * step + gate * gate_step + block * block_step + j, there - j));
+// W_hh h, and W_ih x where that is not among s.sums, of rows [row, row + rows) for one block, to the scratch (rows, 64).
+static void lstm_products(
+    const LstmForwardStep& s, int64_t rows, int64_t block, LstmLeft input, LstmLeft h, float* products, float* panel) {
+  for (int64_t i = 0; i < round_up(rows, kUnits) * kGateColumns; i += kLanes) store(products + i, vec{});
   if (s.form == LstmForm::rows) {
-    lstm_rows_of_weight(rows, s.inputs, input, s.weight_x, s.hidden, block, sums, panel);
-    return lstm_rows_of_weight(rows, s.state, h, s.weight_h, s.hidden, block, sums, panel);
+    lstm_rows_of_weight(rows, s.inputs, input, s.weight_x, s.hidden, block, products, panel);
+    return lstm_rows_of_weight(rows, s.state, h, s.weight_h, s.hidden, block, products, panel);
   }
-  if (!s.sums) lstm_multiply(s.form, rows, kGateColumns, s.inputs, input, s.weight_x, block, sums);
-  lstm_multiply(s.form, rows, kGateColumns, s.state, h, s.weight_h, block, sums);
+  if (!s.sums) lstm_multiply(s.form, rows, kGateColumns, s.inputs, input, s.weight_x, block, products);
+  lstm_multiply(s.form, rows, kGateColumns, s.state, h, s.weight_h, block, products);
 }
 
-// From the sums to the new states of kLanes units of one row; `unit` counts them.
+// What comes from memory for the state of a row is asked for so many rows ahead: lines far apart, which the processor
+// does not guess.
+constexpr int64_t kRowsAhead = 8;
+
+static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// From the products to the new states of kLanes units of one row; `unit` counts them.
 template <class Saved, class Out>
-static inline void lstm_units(const LstmForwardStep& s, int64_t row, int64_t unit, const float* sums) {
-  const int64_t within = unit % kUnits;
-  const Gates<vec> gates =
-      lstm_activate(load(sums), load(sums + kUnits), load(sums + 2 * kUnits), load(sums + 3 * kUnits));
+static inline void lstm_units(const LstmForwardStep& s, int64_t row, int64_t unit, const float* products) {
+  const int64_t within = unit % kUnits, there = s.hidden - unit;
+  const float* sums = s.sums ? s.sums + row * s.sums_row + unit / kUnits * s.sums_block + within : s.bias + unit;
+  const int64_t gate = s.sums ? s.sums_gate : s.hidden;
+  if (s.sums)
+    for (int g = 0; g < 4; ++g) prefetch(sums + g * gate + kRowsAhead * s.sums_row);
+  const auto sum = [&](int g) { return load(products + g * kUnits) + load_lanes(sums + g * gate, there); };
+  const Gates<vec> gates = lstm_activate(sum(0), sum(1), sum(2), sum(3));
   float* cell = s.cell + row * s.cell_row + unit;
   const vec state = lstm_cell_state(gates, load(cell));
   store(cell, state);
   if (s.cells) store(s.cells + row * s.cells_row + unit, state);
-  store_lanes((Out*)s.m + row * s.m_row + unit, gates.o * tanh(state), s.hidden - unit);
+  store_lanes((Out*)s.m + row * s.m_row + unit, gates.o * tanh(state), there);
   if (s.gates) {
     Saved* to = (Saved*)s.gates + row * s.gates_row + (unit - within) * 4 + within;
     store_as(to, gates.i);
@@ -224,19 +226,19 @@ static inline void lstm_units(const LstmForwardStep& s, int64_t row, int64_t uni
 }
 
 template <class Saved, class Out>
-static void lstm_forward_rows(const LstmForwardStep& s, Range blocks, float* sums) {
+static void lstm_forward_rows(const LstmForwardStep& s, Range blocks, float* products) {
   for (int64_t row = 0; row < s.rows; row += kLstmRows) {
     const int64_t rows = min(kLstmRows, s.rows - row);
-    float* scratch = sums + kLstmRows * kGateColumns;
+    float* scratch = products + kLstmRows * kGateColumns;
     const LstmLeft h = lstm_left(s.form, s.h, s.h_row, row, rows, s.state, scratch);
     const LstmLeft input =
         s.sums ? LstmLeft{} : lstm_left(s.form, s.input, s.input_row, row, rows, s.inputs, scratch);
     for (int64_t i = blocks.begin; i < blocks.end; ++i) {
       const int64_t block = s.descending ? blocks.end - 1 - (i - blocks.begin) : i;
-      lstm_sums(s, row, rows, block, input, h, sums, scratch);
+      lstm_products(s, rows, block, input, h, products, scratch);
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t unit = 0; unit < kUnits; unit += kLanes)
-          lstm_units<Saved, Out>(s, row + r, block * kUnits + unit, sums + r * kGateColumns + unit);
+          lstm_units<Saved, Out>(s, row + r, block * kUnits + unit, products + r * kGateColumns + unit);
     }
   }
 }
@@ -258,6 +260,7 @@ static void lstm_product_tile(
     const float* start = offset(s.start, (row + r) * s.start_row + first);
     const float* start2 = offset(s.start2, (row + r) * s.start2_row + first);
     for (int64_t j = 0; j < round_up(here, kPad); j += kLanes) {
+      if (start) prefetch(start + j + kRowsAhead * s.start_row);
       vec sum{};
       if (start && j < here) sum += load_lanes(start + j, here - j);
       if (start2 && j < here) sum += load_lanes(start2 + j, here - j);
@@ -273,6 +276,9 @@ static inline void lstm_units_backward(const LstmBackwardStep& s, int64_t row, i
   const Saved* saved = (const Saved*)s.gates + row * s.gates_row + column;
   const Gates<vec> gates{load_as(saved), load_as(saved + kUnits), load_as(saved + 2 * kUnits),
                          load_as(saved + 3 * kUnits)};
+  for (int gate = 0; gate < 4; ++gate) prefetch(saved + gate * kUnits + kRowsAhead * s.gates_row);
+  prefetch(s.cells + (row + kRowsAhead) * s.cells_row + unit);
+  prefetch(s.previous + (row + kRowsAhead) * s.previous_row + unit);
   const vec tanh_c = tanh(load(s.cells + row * s.cells_row + unit));
   float* dcell = s.dcell + row * s.dcell_row + unit;
   const CellGradient<vec> grad =

@@ -28,7 +28,7 @@ constexpr float kInfinity = __builtin_inff();
 //
 // x = n log 2 + r with |r| <= log 2 / 2. n is rounded by adding 1.5 * 2**23, which leaves it in the low bits. The
 // coefficients are the degree-6 minimax fit of exp on that interval with 1 and r fixed (relative error 3e-9).
-static inline vec exp(vec x) {
+__attribute__((always_inline)) static inline vec exp(vec x) {
   const vec shifter = splat(12582912.0f);
   const vec shifted = x * 1.44269504f + shifter;
   const vec n = shifted - shifter;
@@ -59,7 +59,7 @@ static inline vec reciprocal(vec x) {
 //
 // Near 0 the odd polynomial of degree 11 with 1 fixed that fits tanh on [-0.625, 0.625] best (relative error 5e-9);
 // elsewhere 1 - 2 / (exp(2 |x|) + 1), which from 20 on is 1.
-static inline vec tanh(vec x) {
+__attribute__((always_inline)) static inline vec tanh(vec x) {
   const vec square = x * x;
   vec q = splat(-0.005704985000193119f);
   q = q * square + 0.02063908614218235f;
