@@ -50,23 +50,26 @@ def projection_flops(tokens: int, features: int, *, training: bool) -> float:
 def assert_same(what: str, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
     """Raise AssertionError where a result is further from the other one than roundings of its dtype explain."""
     for number, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
-        allowed = 2.0 * torch.finfo(theirs.dtype).eps ** 0.75 * float(theirs.abs().max())
-        difference = float((ours - theirs).abs().max())
+        allowed = 2.0 * torch.finfo(ours.dtype).eps ** 0.75 * float(theirs.abs().max())
+        difference = float((ours.to(theirs.dtype) - theirs).abs().max())
         if not difference <= allowed:
             raise AssertionError(f"{what}, result {number}: differs by {difference:.2e}, allowed {allowed:.2e}")
 
 
 def compare(
-    benchmark: Any, calls: Mapping[str, Call], device: torch.device, *, flops: float, seconds: float = 0.7
-) -> dict[str, Any]:
+    benchmark: Any, calls: Mapping[str, Call], device: torch.device, *, flops: float, seconds: float = 0.7,
+    exact: Call | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Check that all calls agree, then measure them in turns; pytest-benchmark times ``calls[OURS]``.
 
-    A peer that raises, but for a wrong answer, is left out, and its reason kept. Returns what is put into
+    A peer that raises, but for a wrong answer, is left out, and its reason kept. With ``exact``, a call in a wider dtype,
+    each is held against that instead of against one another, and a peer that differs is measured all the same, with the
+    difference kept under "wrong". Returns what is put into
     ``extra_info``: for each implementation the seconds (median, quartiles), TFLOP/s, peak bytes, and how many times
     the median of ours it takes.
     """
-    calls, refused = dict(calls), {}
-    expected = None
+    calls, refused, wrong = dict(calls), {}, {}
+    expected = None if exact is None else [result.detach() for result in exact()]
     for name in [name for name in calls if name != OURS] + [OURS]:
         try:
             results = [result.detach() for result in calls[name]()]
@@ -78,7 +81,12 @@ def compare(
             continue
         if expected is None:
             expected = results
-        assert_same(name, results, expected)
+        try:
+            assert_same(name, results, expected)
+        except AssertionError as error:
+            if exact is None or name.startswith(OURS):
+                raise
+            wrong[name] = str(error)
         del results
     del expected
     memory, once = {}, {}
@@ -110,7 +118,7 @@ def compare(
             "seconds": median, "low": low, "high": high, "rounds": len(times), "repeats": repeats[name],
             "tflops": flops / median / 1e12, "peak_bytes": memory[name], "ratio": median / ours,
         }  # fmt: skip
-    return {"flops": flops, "figures": figures, "refused": refused}
+    return {"flops": flops, "figures": figures, "refused": refused, "wrong": wrong}
 
 
 def _repeats(seconds: float, device: torch.device) -> int:
@@ -170,6 +178,7 @@ def table(rows: Mapping[str, dict[str, Any]]) -> str:
                 ]
             )
         lines += [["", who, "refused", reason[:40], "", ""] for who, reason in row["refused"].items()]
+        lines += [["", who, "wrong", reason[len(who) + 2 :], "", ""] for who, reason in row.get("wrong", {}).items()]
     return render(["row", "implementation", "ms", "TFLOP/s", "peak MB", "time / ours"], lines)
 
 

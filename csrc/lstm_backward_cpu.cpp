@@ -24,7 +24,7 @@ struct BackwardLayer {
   at::Tensor c0;                   // (D, B, Hr)
   at::Tensor grad_out, grad_h_n;   // float32 (N, D P), (D, B, P); or undefined
   at::Tensor dcell;                // (D, B, Hr): the gradient of c_n, of c0 in the end
-  at::Tensor dsums;                // (N, D, 4Hr), bfloat16 where the form is that
+  at::Tensor dsums;                // (N, D, 4H), bfloat16 where the form is that
   at::Tensor dh, m;                // (N, D P), (N, D H) where there is a projection
   at::Tensor dh0;                  // (D, B, P)
   std::vector<Floats> weight_h, projection;
@@ -36,13 +36,15 @@ struct BackwardLayer {
   at::Tensor states_before(int64_t d, const at::Tensor& out, const at::Tensor& h0) const;
 
  private:
+  // Whether a step has one before it: a single one needs no product among the steps, and no packed weights.
+  bool recurrent() const { return shape.steps > 1; }
   int64_t row_of(int64_t t, int64_t row) const { return shape.first[static_cast<size_t>(t)] + row; }
   // Where row `row` of step t stands in a (N, D columns) tensor.
   float* at_row(const at::Tensor& tensor, int64_t t, int64_t row, int64_t d, int64_t columns) const {
     return tensor.data_ptr<float>() + (row_of(t, row) * shape.directions + d) * columns;
   }
   void* dsums_at(int64_t t, int64_t row, int64_t d) const {
-    return at_element(dsums, (row_of(t, row) * shape.directions + d) * 4 * shape.units());
+    return at_element(dsums, (row_of(t, row) * shape.directions + d) * 4 * shape.hidden);
   }
   void hidden_gradient(
       const Part& part, int64_t t, int64_t later, Range rows, bool last, float* to, int64_t to_row,
@@ -61,7 +63,7 @@ BackwardLayer::BackwardLayer(
   if (grad.out) grad_out = dense_float(*grad.out).view({s.rows, s.directions * s.state});
   if (grad.h_n) grad_h_n = dense_float(*grad.h_n);
   dcell = grad.c_n ? padded_state(*grad.c_n, s.units()) : at::zeros({s.directions, s.batch, s.units()}, floats);
-  dsums = at::empty({s.rows, s.directions, 4 * s.units()}, is_half(form) ? args.input.options() : floats);
+  dsums = at::empty({s.rows, s.directions, 4 * s.hidden}, is_half(form) ? args.input.options() : floats);
   dh0 = grad.h_n ? grad_h_n.clone() : at::zeros({s.directions, s.batch, s.state}, floats);
   if (s.projection) {
     dh = at::empty({s.rows, s.directions * s.state}, floats);
@@ -69,7 +71,7 @@ BackwardLayer::BackwardLayer(
   }
   for (int64_t d = 0; d < s.directions; ++d) {
     const at::Tensor* weight = args.weights.data() + d * s.weights_per_direction();
-    weight_h.push_back(pack_columns(gate_rows(operand(weight[1], form), s.hidden), form));
+    weight_h.push_back(recurrent() ? pack_columns(weight[1], form) : Floats());
     if (s.projection) projection.push_back(pack_columns(weight[s.weights_per_direction() - 1], form));
   }
 }
@@ -82,7 +84,7 @@ void BackwardLayer::hidden_gradient(
   LstmProduct p{};
   p.rows = rows.end - rows.begin;
   p.columns = shape.state;
-  p.depth = 4 * shape.units();
+  p.depth = 4 * shape.hidden;
   if (t >= 0 && grad_out.defined()) p.start = at_row(grad_out, t, rows.begin, d, shape.state);
   p.start_row = shape.directions * shape.state;
   if (last && grad_h_n.defined())
@@ -90,7 +92,7 @@ void BackwardLayer::hidden_gradient(
   p.start2_row = shape.state;
   if (!last) p.left = dsums_at(later, rows.begin, d);
   p.form = form;
-  p.left_row = shape.directions * 4 * shape.units();
+  p.left_row = shape.directions * 4 * shape.hidden;
   p.weight = weight_h[static_cast<size_t>(d)].get();
   p.out = to;
   p.out_row = to_row;
@@ -126,9 +128,9 @@ void BackwardLayer::cell_gradient(
         s.start2 = grad_h_n.const_data_ptr<float>() + (d * shape.batch + now.begin) * shape.hidden;
       s.start2_row = shape.hidden;
       if (!last) s.left = dsums_at(later, now.begin, d);
-      s.left_row = shape.directions * 4 * units;
+      s.left_row = shape.directions * 4 * shape.hidden;
       s.weight = weight_h[static_cast<size_t>(d)].get();
-      s.depth = 4 * units;
+      s.depth = 4 * shape.hidden;
     }
     const int64_t saved = row_of(t, now.begin) * shape.directions + d;
     s.gates = at_element(gates, saved * 4 * units);
@@ -142,7 +144,7 @@ void BackwardLayer::cell_gradient(
     s.dcell = dcell.data_ptr<float>() + (d * shape.batch + now.begin) * units;
     s.dcell_row = units;
     s.dsums = dsums_at(t, now.begin, d);
-    s.dsums_row = shape.directions * 4 * units;
+    s.dsums_row = shape.directions * 4 * shape.hidden;
     lstm_kernels().backward(s, share(panels(shape.hidden), part.member, part.members), scratch);
   }
 }
@@ -165,7 +167,7 @@ void BackwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) con
       if (!parts[kind].empty())
         hidden_gradient(
             part, t, later, parts[kind], kind == 1, at_row(dh, t, parts[kind].begin, d, shape.state), dh_row, scratch);
-    if (!parts[2].empty())
+    if (!parts[2].empty() && recurrent())
       hidden_gradient(
           part, -1, later, parts[2], false,
           dh0.data_ptr<float>() + (d * shape.batch + parts[2].begin) * shape.state, shape.state, scratch);
@@ -214,20 +216,24 @@ LstmBackward lstm_backward_cpu(
   std::vector<at::Tensor> dweights, rows;
   for (int64_t d = 0; d < s.directions; ++d) {
     const at::Tensor dsums = layer.dsums.select(1, d), turned = dsums.t();
-    rows.push_back(gate_rows(operand(args.weights[static_cast<size_t>(d * s.weights_per_direction())], form), s.hidden));
-    dweights.push_back(from_gate_rows(at::mm(turned, input), s.hidden).to(type));
-    dweights.push_back(from_gate_rows(at::mm(turned, layer.states_before(d, states, h0)), s.hidden).to(type));
+    rows.push_back(operand(args.weights[static_cast<size_t>(d * s.weights_per_direction())], form));
+    dweights.push_back(at::mm(turned, input).to(type));
+    dweights.push_back(at::mm(turned, layer.states_before(d, states, h0)).to(type));
     if (s.biases) {
-      const at::Tensor dbias = from_gate_rows(dsums.sum(0), s.hidden).view({-1}).to(type);
+      const at::Tensor dbias = dsums.sum(0).to(type);
       dweights.push_back(dbias);
       dweights.push_back(dbias.clone());
+    }
+    if (s.steps == 1) {
+      const at::Tensor weight = operand(args.weights[static_cast<size_t>(d * s.weights_per_direction() + 1)], form);
+      layer.dh0[d].copy_(at::mm(dsums, weight));
     }
     if (s.projection)
       dweights.push_back(at::mm(layer.dh.narrow(1, d * s.state, s.state).t(),
                                 layer.m.narrow(1, d * s.hidden, s.hidden)).to(type));
   }
   const at::Tensor weight = s.directions == 1 ? rows[0] : at::cat(rows);
-  const at::Tensor dinput = at::mm(layer.dsums.view({s.rows, s.directions * 4 * s.units()}), weight);
+  const at::Tensor dinput = at::mm(layer.dsums.view({s.rows, s.directions * 4 * s.hidden}), weight);
   return {dinput.to(type).view(args.input.sizes()), layer.dh0.to(type),
           layer.dcell.narrow(2, 0, s.hidden).to(type).contiguous(), dweights};
 }

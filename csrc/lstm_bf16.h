@@ -34,18 +34,18 @@ static void lstm_pack_gates_bf16(const void* from_weight, int64_t hidden, int64_
     }
 }
 
-// One panel of 64 columns of a matrix (K, columns), K a multiple of 32.
+// One panel of 64 columns of a matrix (K, columns).
 static void lstm_pack_columns_bf16(
     const void* from, int64_t depth, int64_t columns, int64_t panel_index, void* to) {
   const BFloat16* matrix = (const BFloat16*)from;
   BFloat16* panel = (BFloat16*)to;
-  for (int64_t t = 0; t < depth / kTileDepth; ++t)
+  for (int64_t t = 0; t < tiles_of(depth); ++t)
     for (int64_t first = panel_index * kGateColumns; first < (panel_index + 1) * kGateColumns; first += kLanes)
       for (int64_t k = t * kTileDepth; k < (t + 1) * kTileDepth; k += 2, panel += 2 * kLanes) {
         half_words even{}, odd{};
-        const int64_t bytes = 2 * max(int64_t{0}, min(kLanes, columns - first));
-        __builtin_memcpy(&even, matrix + k * columns + first, (uint64_t)bytes);
-        __builtin_memcpy(&odd, matrix + (k + 1) * columns + first, (uint64_t)bytes);
+        const uint64_t bytes = 2 * (uint64_t)max(int64_t{0}, min(kLanes, columns - first));
+        if (k < depth) __builtin_memcpy(&even, matrix + k * columns + first, bytes);
+        if (k + 1 < depth) __builtin_memcpy(&odd, matrix + (k + 1) * columns + first, bytes);
         const words pairs = __builtin_convertvector(even, words) | (__builtin_convertvector(odd, words) << 16);
         __builtin_memcpy(panel, &pairs, sizeof pairs);
       }

@@ -73,7 +73,7 @@ struct LstmBackwardStep {
   const float* cells;    // (rows, Hr): c_t
   const float* previous; // (rows, Hr): c_{t-1}
   float* dcell;          // (rows, Hr): gradient of c_t from later steps on entry, of c_{t-1} on return
-  void* dsums;           // (rows, 4 Hr), written; bfloat16 likewise
+  void* dsums;           // (rows, 4H), one gate after the other, written; bfloat16 likewise
   float* m;              // (rows, H), written: o tanh(c); or null
   Type gates_type;
   int64_t start_row, start2_row, left_row, gates_row, cells_row, previous_row, dcell_row, dsums_row, m_row;
@@ -99,7 +99,7 @@ constexpr int64_t lstm_scratch(int64_t depth) {
 struct LstmKernels {
   // One block of W (4 H, K), rows of stride `row`, into its panel (K, 64).
   void (*pack_gates)(const float* weight, int64_t row, int64_t hidden, int64_t depth, int64_t block, float* panel);
-  // For `dots` and `tiles`: one block of W (4H, K), and one panel of a matrix (K, columns), K a multiple of 32.
+  // For `dots` and `tiles`: one block of W (4H, K), and one panel of a matrix (K, columns).
   void (*pack_gates_bf16)(const void* weight, int64_t hidden, int64_t depth, int64_t block, void* panel);
   void (*pack_columns_bf16)(const void* matrix, int64_t depth, int64_t columns, int64_t panel_index, void* panel);
   void (*forward)(const LstmForwardStep&, Range blocks, float* scratch);

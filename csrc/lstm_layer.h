@@ -59,7 +59,7 @@ Floats pack_gates(const at::Tensor& weight, int64_t hidden, LstmForm form);
 // A matrix (K, columns) as panels (columns / 64 rounded up, K, 64), zeros beyond the columns.
 Floats pack_columns(const at::Tensor& matrix, LstmForm form);
 
-// W (4H, K) or b (4H) with its rows in the order of the sums, (4Hr, ...); and the way back, for a gradient.
+// W (4H, K) or b (4H) with its rows block by block, as in a panel, (4Hr, ...); and the way back, for a gradient.
 at::Tensor gate_rows(const at::Tensor& weight, int64_t hidden);
 at::Tensor from_gate_rows(const at::Tensor& weight, int64_t hidden);
 

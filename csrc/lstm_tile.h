@@ -284,11 +284,12 @@ static inline void lstm_units_backward(const LstmBackwardStep& s, int64_t row, i
   const CellGradient<vec> grad =
       lstm_cell_gradient(gates, load(s.previous + row * s.previous_row + unit), tanh_c, dm, load(dcell));
   store(dcell, grad.previous);
-  Sums* to = (Sums*)s.dsums + row * s.dsums_row + column;
-  store_as(to, grad.gates.i);
-  store_as(to + kUnits, grad.gates.f);
-  store_as(to + 2 * kUnits, grad.gates.g);
-  store_as(to + 3 * kUnits, grad.gates.o);
+  Sums* to = (Sums*)s.dsums + row * s.dsums_row + unit;
+  const int64_t there = s.hidden - unit;
+  store_lanes(to, grad.gates.i, there);
+  store_lanes(to + s.hidden, grad.gates.f, there);
+  store_lanes(to + 2 * s.hidden, grad.gates.g, there);
+  store_lanes(to + 3 * s.hidden, grad.gates.o, there);
   if (s.m) store_lanes(s.m + row * s.m_row + unit, gates.o * tanh_c, s.hidden - unit);
 }
 
