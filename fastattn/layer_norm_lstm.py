@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch, reference_layer_norm_lstm
-from fastattn.dispatch import Backend
+from fastattn.dispatch import Backend, Explanation
 from fastattn.kernels.layer_norm_lstm import autograd, extension, op  # noqa: F401 : importing op defines the operators
 from fastattn.validation import autocast_enabled
 
@@ -53,7 +53,7 @@ def layer(
         input, h0, c0, *weights = (
             tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in (input, h0, c0, *weights)
         )
-    backend = _choose(device_type, input.dtype)
+    backend = _operator_backend(device_type, input.dtype)
     if backend is None:
         with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
             return reference_layer_norm_lstm.layer(input, batch_sizes, h0, c0, weights, *noise, eps)
@@ -64,22 +64,52 @@ def layer(
     return out, cells, h_n, c_n
 
 
-def _choose(device_type: str, dtype: torch.dtype) -> str | None:
-    """The operator's backend; None for the definition without an operator."""
-    forced, reason = dispatch.forced_backend(), None
+def why_not(name: Backend, device_type: str, dtype: torch.dtype) -> str | None:
+    """The reason ``name`` cannot serve a call with tensors of this device and dtype; None when it can."""
+    if name is Backend.REFERENCE:
+        return None
+    if name is not Backend.CPU:
+        return "it has no layer-normalised LSTM"
     if device_type != "cpu":
-        reason = f"device {device_type}; the C++ kernel runs on the CPU"
-    elif torch._C._are_functorch_transforms_active():
-        reason = "inside a transform of torch.func; only plain PyTorch follows every one"
-    elif dtype not in _KERNEL_DTYPES:
-        reason = f"dtype {dtype}; the C++ kernel takes float16, bfloat16 and float32"
-    else:
-        reason = extension.UNAVAILABLE
-    if forced in (None, Backend.CPU) and reason is None:
+        return f"device {device_type}; the C++ kernel runs on the CPU"
+    if torch._C._are_functorch_transforms_active():
+        return "inside a transform of torch.func; only plain PyTorch follows every one"
+    if dtype not in _KERNEL_DTYPES:
+        return f"dtype {dtype}; the C++ kernel takes float16, bfloat16 and float32"
+    return extension.UNAVAILABLE
+
+
+def choose(device_type: str, dtype: torch.dtype) -> Backend:
+    """The forced backend if there is one, else the C++ kernel where that can serve the call.
+
+    Raises RuntimeError when a forced backend cannot serve it.
+    """
+    forced = dispatch.forced_backend()
+    if forced is None:
+        return Backend.REFERENCE if why_not(Backend.CPU, device_type, dtype) else Backend.CPU
+    reason = why_not(forced, device_type, dtype)
+    if reason is not None:
+        raise RuntimeError(f'fastattn.backend("{forced}") cannot serve this call: {reason}')
+    return forced
+
+
+def explain(device_type: str, dtype: torch.dtype) -> Explanation:
+    """What ``choose`` takes, with the reasons; raises its errors."""
+    chosen, forced = choose(device_type, dtype), dispatch.forced_backend()
+    because = "our C++ kernel" if chosen is Backend.CPU else "plain PyTorch serves every request"
+    if forced is not None:
+        because = f'forced by fastattn.backend("{forced}")'
+    skipped = {
+        name: why_not(name, device_type, dtype) or f"can serve it; {chosen} is preferred"
+        for name in dispatch.LSTM_BACKENDS
+        if name is not chosen
+    }
+    return Explanation(chosen, because, skipped)
+
+
+def _operator_backend(device_type: str, dtype: torch.dtype) -> str | None:
+    """The operator's backend; None for the definition without an operator."""
+    if choose(device_type, dtype) is Backend.CPU:
         return "cpu"
-    if forced is None or forced is Backend.REFERENCE:
-        # A compiler would unroll the loop over the steps, and cannot where their number is in batch_sizes.
-        return "eager" if torch.compiler.is_compiling() else None
-    if forced is not Backend.CPU:
-        reason = "it has no layer-normalised LSTM"
-    raise RuntimeError(f'fastattn.backend("{forced}") cannot serve this call: {reason}')
+    # A compiler would unroll the loop over the steps, and cannot where their number is in batch_sizes.
+    return "eager" if torch.compiler.is_compiling() else None

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fastattn import layer_norm_lstm
+from fastattn.dispatch import Explanation
 from fastattn.layer_norm_lstm import Noise, layer
 from fastattn.modules import layer_norm_lstm_checks as checks
+from fastattn.validation import autocast_enabled
 
 _MODES = ("variational", "step")
 
@@ -56,6 +59,14 @@ class _Base(nn.Module):
                 if name.startswith("bias") and self.forget_bias is not None:
                     with torch.no_grad():
                         parameter[self.hidden_size : 2 * self.hidden_size] = self.forget_bias
+
+    def explain(self, input: Tensor | PackedSequence) -> Explanation:
+        """The backend that ``forward`` takes for an input of this device and dtype, and why not each other one."""
+        data = input.data if isinstance(input, PackedSequence) else input
+        dtype = data.dtype
+        if autocast_enabled(data.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(data.device.type)
+        return layer_norm_lstm.explain(data.device.type, dtype)
 
     def _noise(self, input: Tensor, batch: int, directions: int, per_step: bool) -> Noise:
         """What one layer draws in training; in evaluation the expectation."""
