@@ -23,7 +23,7 @@ struct ForwardLayer {
   LstmShape shape;
   LstmForm form;
   at::Tensor input, h0;  // operands: (N, I), (D, B, P)
-  at::Tensor cell;       // float32 (D, B, Hr)
+  at::Tensor cell;       // float32 (D, B, Hr), a copy of c0 that becomes c_n step by step
   at::Tensor out, m;     // operands: (N, D P); (D, B, H) where there is a projection
   at::Tensor gates, cells;
   std::vector<Direction> directions;
@@ -52,12 +52,12 @@ LstmForm forward_form(const LstmShape& shape, const LstmArgs& args) {
   return form == LstmForm::panels && shape.steps == 1 && shape.rows <= kFewRows ? LstmForm::rows : form;
 }
 
-ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep) : shape(cpu_shape(args)), form(forward_form(shape, args)), save(keep) {
+ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
+    : shape(cpu_shape(args)), form(forward_form(shape, args)), save(keep) {
   const LstmShape& s = shape;
   input = operand(args.input, form).view({s.rows, s.inputs});
   h0 = operand(args.h0, form);
   cell = padded_state(args.c0, s.units());
-  if (cell.is_alias_of(args.c0)) cell = cell.clone();  // it is overwritten step by step
   const auto floats = args.input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
   out = at::empty({s.rows, s.directions * s.state}, is_half(form) ? args.input.options() : floats);
   if (s.projection) m = at::empty({s.directions, s.batch, s.hidden}, floats);

@@ -63,7 +63,7 @@ Floats pack_columns(const at::Tensor& matrix, LstmForm form);
 at::Tensor gate_rows(const at::Tensor& weight, int64_t hidden);
 at::Tensor from_gate_rows(const at::Tensor& weight, int64_t hidden);
 
-// States (B, H) as (B, Hr).
+// A copy of states (..., H) as float32 (..., Hr), zeros beyond H.
 at::Tensor padded_state(const at::Tensor& state, int64_t units);
 
 // Which thread does what: a direction, rows of the batch, and a share of the units. Threads with the same direction and
@@ -111,7 +111,8 @@ void run_parts(const LstmShape& shape, F f) {
   std::vector<Barrier> barriers(static_cast<size_t>(threads + shape.directions));
   const std::vector<Floats> scratch = [&] {
     std::vector<Floats> each;
-    for (int64_t i = 0; i < threads; ++i) each.emplace_back(lstm_scratch(shape.inputs + shape.state + 4 * shape.units()));
+    const int64_t depth = shape.inputs + shape.state + 4 * shape.units();
+    for (int64_t i = 0; i < threads; ++i) each.emplace_back(lstm_scratch(depth));
     return each;
   }();
   const bool worthwhile = worth_a_team(shape);

@@ -21,7 +21,7 @@ struct LstmShape {
 // Throws c10::ValueError or TypeError, naming the argument, unless everything in `args` fits together.
 LstmShape lstm_shape(const LstmArgs& args);
 
-// Likewise for what a backward gets beside them. `device` is what the kernels run on.
+// Likewise for what a backward gets beside them.
 void check_lstm_backward(
     const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out,
     const at::Tensor& gates, const at::Tensor& cells);
