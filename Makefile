@@ -8,6 +8,7 @@
 #   make cuda-check                      registers and spills of the CUDA kernels, by nvcc; needs no GPU
 #   make install-test                    install into clean environments, with and without a compiler
 #   make sanitize                        the C++ under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make report                          tables and figures of benchmarks/results/*.json, here and in the README
 #   make budget                          registers, spills and shared memory of every kernel, per architecture
 
 PYTHON ?= python3
@@ -37,7 +38,7 @@ endif
 
 PURE := The extension could not be built; going on in pure Python, see make doctor.
 
-.PHONY: demo test fuzz sanitize budget cuda-check install-test check setup profile doctor results clean
+.PHONY: demo test fuzz sanitize budget cuda-check install-test check setup profile doctor results report clean
 
 demo: setup
 	$(RUN) -m fastattn demo $(DEMO_ARGS)
@@ -88,6 +89,10 @@ profile doctor: setup
 results: setup
 	$(RUN) -m fastattn demo --out demo_output $(DEMO_ARGS)
 	$(RUN) -m fastattn.profiling.report --record demo_output
+
+# The same for what the benchmarks measured: benchmarks/gpu.sh, or pytest benchmarks --benchmark-only --record FILE.
+report: setup
+	$(RUN) -m fastattn report $(wildcard benchmarks/results/*.json)
 
 setup: $(STAMP)
 

@@ -62,11 +62,10 @@ def compare(
 ) -> dict[str, Any]:  # fmt: skip
     """Check that all calls agree, then measure them in turns; pytest-benchmark times ``calls[OURS]``.
 
-    A peer that raises, but for a wrong answer, is left out, and its reason kept. With ``exact``, a call in a wider dtype,
-    each is held against that instead of against one another, and a peer that differs is measured all the same, with the
-    difference kept under "wrong". Returns what is put into
-    ``extra_info``: for each implementation the seconds (median, quartiles), TFLOP/s, peak bytes, and how many times
-    the median of ours it takes.
+    A peer that raises, but for a wrong answer, is left out, and its reason kept. With ``exact``, a call in a wider
+    dtype, each is held against that instead of against one another; a peer that differs is measured all the same, and
+    the difference kept under "wrong". Returns what is put into ``extra_info``: for each implementation the seconds
+    (median, quartiles), TFLOP/s, peak bytes, and how many times the median of ours it takes.
     """
     calls, refused, wrong = dict(calls), {}, {}
     expected = None if exact is None else [result.detach() for result in exact()]

@@ -11,6 +11,7 @@ from fastattn.modules.layer_norm_lstm import LayerNormLSTM, LayerNormLSTMCell
 from fastattn.modules.lstm import LSTM
 from fastattn.modules.lstm_cell import LSTMCell
 from fastattn.modules.luong import LuongAttention
+from fastattn.modules.positional import SinusoidalPositionalEncoding
 from fastattn.patching import PatchReport, patch, unpatch
 from fastattn.replacing import replace_sdpa
 from fastattn.varlen import varlen_attention
@@ -28,6 +29,7 @@ __all__ = [
     "LuongAttention",
     "MultiheadAttention",
     "PatchReport",
+    "SinusoidalPositionalEncoding",
     "additive_attention",
     "attention_with_kv_cache",
     "backend",

@@ -13,6 +13,7 @@ LAYERS = (
     ("fastattn.profiling", "fastattn.testing", "fastattn.testing_lstm"),
     ("fastattn",),
     ("fastattn.patching", "fastattn.integrations", "fastattn.replacing"),
+    ("fastattn.models",),
     ("fastattn.modules",),
     ("fastattn.functional", "fastattn.additive", "fastattn.varlen", "fastattn.varlen_op", "fastattn.varlen_eager",
      "fastattn.kv_cache", "fastattn.kv_cache_op", "fastattn.kv_cache_eager", "fastattn.layer_norm_lstm",

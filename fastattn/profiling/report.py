@@ -1,21 +1,24 @@
 """The README's results, from measurements alone: ``python -m fastattn.profiling.report``.
 
-Every folder of docs/results holds the files of one measurement on one device. ``--record FOLDER`` adds a new one (or
-replaces that device's) before the section between the markers is written again; ``--check`` writes nothing and exits
-with 1 when the section is not what the measurements say.
+Every folder of docs/results holds the measurements on one device: those of the demonstration, those of the benchmarks,
+or both. ``--record FOLDER`` adds one of the demonstration (or replaces that device's) before the section between the
+markers is written again; ``--check`` writes nothing and exits with 1 when the section is not what the measurements say.
+``python -m fastattn report RECORD...`` adds those of the benchmarks.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastattn.profiling import benchmark_report
+from fastattn.profiling.benchmark_report import KEPT, TEXT, slug
+from fastattn.profiling.lstm_report import lstm_table
 from fastattn.profiling.record import PICTURE, RESULTS, TABLE
 from fastattn.profiling.sequence import Point
 from fastattn.profiling.table import profile_table, render
@@ -42,9 +45,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def report(records: Sequence[Path], out: Path | None = None) -> int:
+    """Write tables and figures of the benchmarks' records; returns the exit status.
+
+    Each device has a folder in ``out``. Without ``out`` that is docs/results of this checkout, and the README's section
+    is written again; a device's benchmarks are replaced as a whole. A file that is no record is named on stderr, with
+    status 2.
+    """
+    if out is None and not _README.exists():
+        print("report: this is no checkout with a README.md; give --out", file=sys.stderr)
+        return 2
+    try:
+        devices = benchmark_report.load(records)
+    except ValueError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    for device, rows in devices.items():
+        files = benchmark_report.write(rows, (out or _ROOT / _RESULTS) / device)
+        print(f"written: {', '.join(map(str, files))}")
+    return main([]) if out is None else 0
+
+
 def section() -> str:
     """The Markdown of every measurement kept in docs/results."""
-    parts = [_measurement(file) for file in sorted((_ROOT / _RESULTS).glob(f"*/{RESULTS}"))]
+    folders = sorted({file.parent for name in (RESULTS, KEPT) for file in (_ROOT / _RESULTS).glob(f"*/{name}")})
+    parts = []
+    for folder in folders:
+        known = [(folder / RESULTS, _measurement), (folder / KEPT, _benchmarks)]
+        texts = [text for file, describe in known if file.exists() for text in describe(file)]
+        # The heading is the device, said once.
+        parts.append("\n\n".join(dict.fromkeys(texts)))
     return "\n\n".join(parts) if parts else "Nothing has been measured yet: `make results`."
 
 
@@ -61,36 +91,38 @@ def rewritten(readme: str, text: str) -> str:
 
 def _keep(folder: Path) -> None:
     record = json.loads((folder / RESULTS).read_text())
-    device = re.sub(r"[^a-z0-9]+", "-", record["environment"]["device"].lower()).strip("-")
-    kept = _ROOT / _RESULTS / device
+    kept = _ROOT / _RESULTS / slug(record["environment"]["device"])
     kept.mkdir(parents=True, exist_ok=True)
     for name in (RESULTS, TABLE, PICTURE):
         shutil.copyfile(folder / name, kept / name)
 
 
-def _measurement(file: Path) -> str:
+def _measurement(file: Path) -> list[str]:
     record = json.loads(file.read_text())
     environment = record["environment"]
     versions = environment["versions"]
-    lines = [
-        f"### {environment['device']}",
-        "",
-        f"{environment['date']}, fastattn {versions['fastattn']}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, {environment['threads']} threads.",
-        "",
-    ]
-    if record["embedding"]:
-        lines += [_embedding(record["embedding"]), ""]
     points = [Point(**point) for point in record["sequence"]]
     picture = file.with_name(PICTURE).relative_to(_ROOT)
-    lines += [
+    return [
+        f"### {environment['device']}",
+        f"{environment['date']}, fastattn {versions['fastattn']}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, {environment['threads']} threads.",
+        *([_embedding(record["embedding"])] if record["embedding"] else []),
         "The default call `mha(x, x, x)`, `nn.MultiheadAttention` → `fastattn.MultiheadAttention`:",
-        "",
         profile_table(points),
-        "",
         f"![time and peak memory over the sequence length]({picture.as_posix()})",
     ]
-    return "\n".join(lines)
+
+
+def _benchmarks(file: Path) -> list[str]:
+    rows = json.loads(file.read_text())
+    text = file.with_name(TEXT).relative_to(_ROOT)
+    lstm = lstm_table(rows)
+    return [
+        f"### {next(iter(rows.values()))['device']}",
+        *([lstm] if lstm is not None else []),
+        f"[All benchmarks]({text.as_posix()}) on it: {benchmark_report.origin(rows)}",
+    ]
 
 
 def _embedding(models: Sequence[dict[str, Any]]) -> str:

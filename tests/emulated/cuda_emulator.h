@@ -1,8 +1,9 @@
 // CUDA on the host, as far as the kernels of csrc/cuda need it: the keywords, the primitives of device.cuh, launches.
 //
-// Every thread of a cooperative launch is a fiber on one thread of the host. A fiber runs until it waits: for its block,
-// its warp or other blocks. What order they run in is the test's choice (`schedule`): a missing barrier shows as a
-// result that depends on it, or that is NaN, for shared memory starts as NaN. Where nobody can go on, the launch throws.
+// Every thread of a cooperative launch is a fiber on one thread of the host. A fiber runs until it waits: for its
+// block, its warp or other blocks. What order they run in is the test's choice (`schedule`): a missing barrier shows as
+// a result that depends on it, or that is NaN, for shared memory starts as NaN. Where nobody can go on, the launch
+// throws.
 #pragma once
 
 #include <ucontext.h>
