@@ -54,9 +54,11 @@ fastattn::LstmForward lstm_forward(
 
 fastattn::LstmBackward lstm_backward(
     Optional grad_out, Optional grad_h_n, Optional grad_c_n, at::Tensor input, Optional batch_sizes, at::Tensor h0,
-    at::Tensor c0, Tensors weights, at::Tensor out, at::Tensor gates, at::Tensor cells) {
+    at::Tensor c0, Tensors weights, at::Tensor out, at::Tensor gates, at::Tensor cells, bool input_grad,
+    bool weights_grad) {
   return fastattn::lstm_backward_cpu(
-      {grad_out, grad_h_n, grad_c_n}, {input, batch_sizes, h0, c0, std::move(weights)}, out, gates, cells);
+      {grad_out, grad_h_n, grad_c_n}, {input, batch_sizes, h0, c0, std::move(weights)}, out, gates, cells,
+      {input_grad, weights_grad});
 }
 
 // The arguments that both operators share come as one tuple, in the order of LayerNormLstmArgs.
@@ -88,8 +90,8 @@ fastattn::LstmForward lstm_forward_cuda(
 
 fastattn::LstmBackward lstm_backward_cuda(
     Optional grad_out, Optional grad_h_n, Optional grad_c_n, at::Tensor input, Optional batch_sizes, at::Tensor h0,
-    at::Tensor c0, Tensors weights, at::Tensor out, at::Tensor gates, at::Tensor cells) {
-  return fastattn::lstm_backward_cuda(
+    at::Tensor c0, Tensors weights, at::Tensor out, at::Tensor gates, at::Tensor cells, bool, bool) {
+  return fastattn::lstm_backward_cuda(  // all gradients, whatever is wanted
       {grad_out, grad_h_n, grad_c_n}, {input, batch_sizes, h0, c0, std::move(weights)}, out, gates, cells);
 }
 #endif
@@ -104,14 +106,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("attention_weights", &fastattn::attention_weights, NoGil());
   m.def("attention_weights_backward", &fastattn::attention_weights_backward, NoGil());
   m.def("lstm_forward", &lstm_forward, Plain());
-  m.def("lstm_backward", &lstm_backward, Plain());
+  const auto backward = [&](const char* name, auto function) {
+    using namespace pybind11::literals;
+    m.def(name, function, Plain(), "grad_out"_a, "grad_h_n"_a, "grad_c_n"_a, "input"_a, "batch_sizes"_a, "h0"_a,
+          "c0"_a, "weights"_a, "out"_a, "gates"_a, "cells"_a, "input_grad"_a = true, "weights_grad"_a = true);
+  };
+  backward("lstm_backward", &lstm_backward);
   m.def("layer_norm_lstm_forward", &layer_norm_lstm_forward, Plain());
   m.def("layer_norm_lstm_backward", &layer_norm_lstm_backward, Plain());
   m.def("instruction_sets", &fastattn::instruction_sets);
   m.def("use_instruction_set", &fastattn::use_instruction_set);
 #ifdef FASTATTN_CUDA
   m.def("lstm_forward_cuda", &lstm_forward_cuda, Plain());
-  m.def("lstm_backward_cuda", &lstm_backward_cuda, Plain());
+  backward("lstm_backward_cuda", &lstm_backward_cuda);
   m.def("lstm_cuda_allow_persistent", &fastattn::cuda::allow_persistent);
   m.def("lstm_cuda_persistent", &fastattn::cuda::persistent);
 #endif

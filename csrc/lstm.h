@@ -47,9 +47,14 @@ LstmForward lstm_forward_cuda(const LstmArgs& args, bool save);
 struct LstmGradients {
   std::optional<at::Tensor> out, h_n, c_n;  // shapes of the results of the same name
 };
+
+// Whether the gradients of the input and of the weights are wanted; others are left undefined.
+struct LstmWanted {
+  bool input = true, weights = true;
+};
 LstmBackward lstm_backward_cpu(
     const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& gates,
-    const at::Tensor& cells);
+    const at::Tensor& cells, LstmWanted wanted);
 LstmBackward lstm_backward_cuda(
     const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& gates,
     const at::Tensor& cells);

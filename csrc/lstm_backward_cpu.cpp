@@ -183,6 +183,7 @@ void BackwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) con
 
 // h_{t-1} for every row of dG: (N, P).
 at::Tensor BackwardLayer::states_before(int64_t d, const at::Tensor& out, const at::Tensor& h0) const {
+  if (shape.steps == 1) return h0.select(0, d);
   at::Tensor states = at::empty({shape.rows, shape.state}, dsums.options());
   char* to = at_element(states, 0);
   const int64_t out_row = shape.directions * shape.state;
@@ -204,19 +205,28 @@ at::Tensor BackwardLayer::states_before(int64_t d, const at::Tensor& out, const 
 
 LstmBackward lstm_backward_cpu(
     const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& gates,
-    const at::Tensor& cells) {
+    const at::Tensor& cells, LstmWanted wanted) {
   const BackwardLayer layer(grad, args, out, gates, cells);
   const LstmShape& s = layer.shape;
   run_parts(s, [&](const Part& part, Barrier& barrier, float* scratch) { layer.walk(part, barrier, scratch); });
 
   const auto type = args.input.scalar_type();
   const LstmForm form = layer.form;
+  const int64_t each = s.weights_per_direction();
+  const auto weight = [&](int64_t d, int64_t which) {
+    return operand(args.weights[static_cast<size_t>(d * each + which)], form);
+  };
   const at::Tensor input = operand(args.input, form).view({s.rows, s.inputs}), h0 = operand(args.h0, form);
   const at::Tensor states = operand(out, form).view({s.rows, s.directions * s.state});
-  std::vector<at::Tensor> dweights, rows;
+  std::vector<at::Tensor> dweights, input_weights;
   for (int64_t d = 0; d < s.directions; ++d) {
     const at::Tensor dsums = layer.dsums.select(1, d), turned = dsums.t();
-    rows.push_back(operand(args.weights[static_cast<size_t>(d * s.weights_per_direction())], form));
+    if (s.steps == 1) layer.dh0[d].copy_(at::mm(dsums, weight(d, 1)));
+    if (wanted.input) input_weights.push_back(weight(d, 0));
+    if (!wanted.weights) {
+      dweights.resize(static_cast<size_t>((d + 1) * each));
+      continue;
+    }
     dweights.push_back(at::mm(turned, input).to(type));
     dweights.push_back(at::mm(turned, layer.states_before(d, states, h0)).to(type));
     if (s.biases) {
@@ -224,18 +234,17 @@ LstmBackward lstm_backward_cpu(
       dweights.push_back(dbias);
       dweights.push_back(dbias.clone());
     }
-    if (s.steps == 1) {
-      const at::Tensor weight = operand(args.weights[static_cast<size_t>(d * s.weights_per_direction() + 1)], form);
-      layer.dh0[d].copy_(at::mm(dsums, weight));
-    }
     if (s.projection)
       dweights.push_back(at::mm(layer.dh.narrow(1, d * s.state, s.state).t(),
                                 layer.m.narrow(1, d * s.hidden, s.hidden)).to(type));
   }
-  const at::Tensor weight = s.directions == 1 ? rows[0] : at::cat(rows);
-  const at::Tensor dinput = at::mm(layer.dsums.view({s.rows, s.directions * 4 * s.hidden}), weight);
-  return {dinput.to(type).view(args.input.sizes()), layer.dh0.to(type),
-          layer.dcell.narrow(2, 0, s.hidden).to(type).contiguous(), dweights};
+  at::Tensor dinput;
+  if (wanted.input) {
+    const at::Tensor both = s.directions == 1 ? input_weights[0] : at::cat(input_weights);
+    const at::Tensor dsums = layer.dsums.view({s.rows, s.directions * 4 * s.hidden});
+    dinput = at::mm(dsums, both).to(type).view(args.input.sizes());
+  }
+  return {dinput, layer.dh0.to(type), layer.dcell.narrow(2, 0, s.hidden).to(type).contiguous(), dweights};
 }
 
 }  // namespace fastattn

@@ -75,8 +75,9 @@ class _ExtensionLayer(torch.autograd.Function):
                 (input, h0, c0, *weights), _needed(ctx.needs_input_grad), batch_sizes, 1, grads
             )
         else:
+            needed = _needed(ctx.needs_input_grad)
             dinput, dh0, dc0, dweights = extension.backward[ctx.backend](
-                *grads, input, batch_sizes, h0, c0, weights, out, gates, cells
+                *grads, input, batch_sizes, h0, c0, weights, out, gates, cells, needed[0], any(needed[3:])
             )
         return None, dinput, None, dh0, dc0, *dweights
 

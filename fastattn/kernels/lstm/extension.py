@@ -22,7 +22,8 @@ DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32))
 VERIFIED: frozenset[tuple[int, int]] = frozenset()
 
 # Per backend: (input, batch_sizes, h0, c0, weights, save) -> out, h_n, c_n, gates, cells;
-# (grad_out, grad_h_n, grad_c_n, input, batch_sizes, h0, c0, weights, out, gates, cells) -> their gradients.
+# (grad_out, grad_h_n, grad_c_n, input, batch_sizes, h0, c0, weights, out, gates, cells, input_grad=True,
+# weights_grad=True) -> gradients of input, h0, c0 and weights, None or without meaning where not wanted.
 _NAMES = {"cpu": ("lstm_forward", "lstm_backward"), "cuda": ("lstm_forward_cuda", "lstm_backward_cuda")}
 forward: dict[str, Any] = {name: getattr(_extension, names[0], None) for name, names in _NAMES.items()}
 backward: dict[str, Any] = {name: getattr(_extension, names[1], None) for name, names in _NAMES.items()}
