@@ -47,9 +47,8 @@ every_kind = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.ke
 @pytest.fixture(autouse=True)
 def full_float32() -> Iterator[None]:
     """cuDNN's LSTM in float32, not TF32."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 def _model(**options: Any) -> Seq2Seq:
