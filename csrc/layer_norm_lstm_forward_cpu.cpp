@@ -27,17 +27,13 @@ struct ForwardWalk {
   float* product_at(int64_t d, int64_t t, int64_t row) const;
 };
 
-// Where the forward overwrites it step by step.
-at::Tensor own(const at::Tensor& made, const at::Tensor& given) {
-  return made.is_alias_of(given) ? made.clone() : made;
-}
-
 ForwardWalk::ForwardWalk(const LayerNormLstmArgs& args, bool keep, bool with_cells) : layer(args), save(keep) {
   const LstmShape& s = layer.shape;
   const auto floats = args.input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
   const at::Tensor input = dense_float(args.input).view({s.rows, s.inputs});
-  h = own(dense_float(args.h0), args.h0);
-  cell = own(padded_state(args.c0, s.units()), args.c0);
+  h = dense_float(args.h0);
+  if (h.is_alias_of(args.h0)) h = h.clone();  // it is overwritten step by step, as the copy of c0 is
+  cell = padded_state(args.c0, s.units());
   if (layer.h_mask.defined()) seen = at::empty({s.directions, s.batch, s.hidden}, floats);
   out = at::empty({s.rows, s.directions * s.hidden}, floats);
   if (with_cells) all_cells = at::empty(out.sizes(), floats);

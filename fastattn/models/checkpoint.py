@@ -48,12 +48,30 @@ def load(path: str | PathLike[str], *parts: str, kind: str, map_location: torch.
     return content
 
 
-def check_config(path: str | PathLike[str], saved: Any, wanted: Any) -> None:
-    """A file's config against the one, of the same dataclass, that it has to hold.
+def load_model(
+    path: str | PathLike[str], config_class: Any, config: Any, *, kind: str, map_location: torch.device | str
+) -> tuple[Any, dict[str, Any]]:
+    """The config and the weights of a model that ``save`` wrote as these two parts.
+
+    Args:
+        config_class: the dataclass of the config.
+        config: what the file has to hold; None takes what it holds.
 
     Raises:
-        ValueError: they differ; the message says where.
+        FileNotFoundError, ValueError: as ``load``; or the config is refused, or another one; the message says where.
     """
+    parts = load(path, "config", "weights", kind=kind, map_location=map_location)
+    try:
+        saved = config_class(**parts["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"path: got {path}, whose config is refused: {error}") from error
+    if config is not None:
+        _check_config(path, saved, config)
+    return saved, parts["weights"]
+
+
+def _check_config(path: str | PathLike[str], saved: Any, wanted: Any) -> None:
+    """A file's config against the one, of the same dataclass, that it has to hold; ValueError where they differ."""
     differences = [
         f"{field.name}={getattr(saved, field.name)!r}, expected {getattr(wanted, field.name)!r}"
         for field in dataclasses.fields(saved)

@@ -220,22 +220,13 @@ class Seq2Seq(nn.Module):
             FileNotFoundError: there is no such file.
             ValueError: it is damaged, no checkpoint of a Seq2Seq, or of another config; the message says which.
         """
-        parts = checkpoint.load(path, "config", "weights", kind=cls.__name__, map_location=map_location)
+        saved, weights = checkpoint.load_model(
+            path, Seq2SeqConfig, config, kind=cls.__name__, map_location=map_location
+        )
         try:
-            saved = Seq2SeqConfig(**parts["config"])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"path: got {path}, whose config is refused: {error}") from error
-        if config is not None and config != saved:
-            differences = [
-                f"{field.name}={getattr(saved, field.name)!r}, expected {getattr(config, field.name)!r}"
-                for field in dataclasses.fields(saved)
-                if getattr(saved, field.name) != getattr(config, field.name)
-            ]
-            raise ValueError(f"path: got {path}, whose model has {'; '.join(differences)}")
-        try:
-            dtype = parts["weights"]["decoder.output.weight"].dtype
+            dtype = weights["decoder.output.weight"].dtype
             model = cls(saved, device=map_location, dtype=dtype)
-            model.load_state_dict(parts["weights"])
+            model.load_state_dict(weights)
         except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"path: got {path}, whose weights do not fit its config: {error}") from error
         return model.eval()

@@ -102,15 +102,11 @@ class Transformer(nn.Module):
             FileNotFoundError: there is no such file.
             ValueError: it is damaged, no checkpoint of a Transformer, or of another config; the message says which.
         """
-        parts = checkpoint.load(path, "config", "weights", kind=cls.__name__, map_location=map_location)
+        saved, weights = checkpoint.load_model(
+            path, TransformerConfig, config, kind=cls.__name__, map_location=map_location
+        )
         try:
-            saved = TransformerConfig(**parts["config"])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"path: got {path}, whose config is refused: {error}") from error
-        if config is not None:
-            checkpoint.check_config(path, saved, config)
-        try:
-            model = cls._loaded(saved, parts["weights"])
+            model = cls._loaded(saved, weights)
         except (AttributeError, TypeError, RuntimeError) as error:
             raise ValueError(f"path: got {path}, whose weights do not fit its config: {error}") from error
         return model.to(map_location)
