@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.kernels import definition
+
 # What _PROBLEM of ``op`` lists: its arguments, and the tensors among them, which come first.
 PROBLEM_ARGS, PROBLEM_TENSORS = 12, 6
 
@@ -133,14 +135,6 @@ def _eager_vjp(ctx: Any, name: str, tensors: int, grads: Sequence[Tensor | None]
     inputs: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in (*saved[:tensors], *problem)]
     average = ctx.rest[0] if len(ctx.rest) == 2 else True
     results = second_derivative[name](*inputs, *ctx.numbers, average)
-    pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
     wanted = [place for place, need in enumerate(ctx.needs_input_grad[: len(inputs)]) if need]
-    found: list[Any] = [None] * (len(inputs) + PROBLEM_ARGS - PROBLEM_TENSORS + len(ctx.rest))
-    if pairs and wanted:
-        results, grads = zip(*pairs, strict=True)
-        derivatives = torch.autograd.grad(
-            results, [inputs[place] for place in wanted], grads, create_graph=True, allow_unused=True
-        )
-        for place, derivative in zip(wanted, derivatives, strict=True):
-            found[place] = derivative
-    return tuple(found)
+    found = definition.gradients(results, grads, inputs, wanted)
+    return (*found, *(None,) * (PROBLEM_ARGS - PROBLEM_TENSORS + len(ctx.rest)))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.kernels.definition import gradients
+
 # Arguments that the operators share (_PROBLEM of ``op``), and what comes after the weights among them.
 PROBLEM_ARGS, AFTER_WEIGHTS = 11, 6
 
@@ -60,17 +62,5 @@ def derivatives(
     _, batch_sizes, _, _, _, *masks = problem
     input, h0, c0, *weights = leaves
     results = definition["layer"](input, batch_sizes, h0, c0, weights, *masks)
-    pairs = [
-        (result, grad)
-        for result, grad in zip(results, grads, strict=True)
-        if grad is not None and result.requires_grad
-    ]
     wanted = [place for place, leaf in enumerate(leaves) if leaf.requires_grad]
-    found: list[Tensor | None] = [None] * len(leaves)
-    if pairs and wanted:
-        outputs, given = zip(*pairs, strict=True)
-        inputs = [leaves[place] for place in wanted]
-        computed = torch.autograd.grad(outputs, inputs, given, create_graph=create_graph, allow_unused=True)
-        for place, grad in zip(wanted, computed, strict=True):
-            found[place] = grad
-    return found
+    return gradients(results, grads, leaves, wanted, create_graph)

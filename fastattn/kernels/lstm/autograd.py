@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.kernels import definition
 from fastattn.kernels.lstm import extension, torch_lstm
 
 # "layer": (input, batch_sizes, h0, c0, weights) -> out, h_n, c_n. Plain PyTorch, differentiable to any order;
@@ -135,17 +136,8 @@ def _by_definition(
     # Aliases: where one input depends on another, as h0 may on the input, no derivative may follow it there.
     aliases = [tensor.view_as(tensor) for tensor in tensors]
     results = _layers_by_definition(aliases, batch_sizes, layers)
-    pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
     places = [place for place, need in enumerate(needed) if need]
-    found: list[Tensor | None] = [None] * len(aliases)
-    if pairs and places:
-        outputs, weighing = zip(*pairs, strict=True)
-        derivatives = torch.autograd.grad(
-            outputs, [aliases[place] for place in places], weighing, create_graph=True, allow_unused=True
-        )
-        for place, derivative in zip(places, derivatives, strict=True):
-            found[place] = derivative
-    return found
+    return definition.gradients(results, grads, aliases, places)
 
 
 def _layers_by_definition(
