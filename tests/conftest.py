@@ -21,6 +21,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     interpreter.repair_bfloat16()
     interpreter.patch_once()
+    interpreter.check_overflow_at_once()
+    interpreter.describe_types_once()
+    interpreter.keep_frames_together()
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
