@@ -200,16 +200,17 @@ def attention_dkey_dvalue(
         whole = first_full_query(begin, end, last_column, shape, F, BLOCK_M)
     for member in tl.range(0, shape.group):
         h = (key_head * shape.group + member).to(tl.int64)
-        if F.has_lower or F.has_upper or not F.split:
-            dkeys, dvalues = _walk_queries(
-                dkeys, dvalues, keys, key_rows, values, value_rows, begin, whole, b, h, first_column, query, dout,
-                logsumexp, delta, dweights, score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M,
-                BLOCK_N,
-            )  # fmt: skip
+        # Whole tiles first: the other way round the assembler serialises every wgmma of a causal call on sm_90 (C7515).
         if F.split:
             dkeys, dvalues = _walk_queries(
                 dkeys, dvalues, keys, key_rows, values, value_rows, whole, end, b, h, first_column, query, dout,
                 logsumexp, delta, dweights, score_scale, masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M,
+                BLOCK_N,
+            )  # fmt: skip
+        if F.has_lower or F.has_upper or not F.split:
+            dkeys, dvalues = _walk_queries(
+                dkeys, dvalues, keys, key_rows, values, value_rows, begin, whole, b, h, first_column, query, dout,
+                logsumexp, delta, dweights, score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M,
                 BLOCK_N,
             )  # fmt: skip
 
