@@ -114,7 +114,7 @@ $(VENV)/bin/python:
 
 # A torch or triton that is already there stays. setup.py needs torch, hence --no-build-isolation. Where the extension
 # fails to compile, setup.py is told that there is no compiler, and the library runs in pure Python.
-INSTALL := $(VENV)/bin/python -m pip install --no-build-isolation -e '.[demo,test,dev]'
+INSTALL := $(VENV)/bin/python -m pip install --no-build-isolation -e '.[demo,examples,test,dev]'
 $(STAMP): pyproject.toml $(EXTENSION_SOURCES) | $(VENV)/bin/python
 	$(RUN) -c 'import torch' 2>/dev/null || $(RUN) -m pip install torch==$(TORCH_VERSION)
 	$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install triton==$(TRITON_VERSION)
