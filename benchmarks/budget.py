@@ -1,12 +1,12 @@
 """What the compiler makes of every Triton kernel that ships, for GPUs that need not be present.
 
-    python -m benchmarks.budget                  print the checked-in table
+    python -m benchmarks.budget                  print the checked-in table, and the paper model of it
     python -m benchmarks.budget --write          compile everything and rewrite it (some ten minutes on two cores)
     python -m benchmarks.budget --check --sample 40   compile a sample and compare with the table
 
 The kernels are compiled by the launching code itself, on tensors without storage, for sm_80, sm_90 and sm_100: what is
 measured is what a user's first call compiles. Registers, spills and shared memory are the assembler's own figures;
-tensor-core instructions are counted in the PTX (mma, wgmma, tcgen05).
+tensor-core instructions are counted in the PTX (mma, wgmma, tcgen05), those of the inner loop in the machine code.
 """
 
 from __future__ import annotations
@@ -27,10 +27,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine_code, paper_model
+from benchmarks.machine_code import Loop
+
 TABLE = Path(__file__).parent / "results" / "budget.csv"
 ARCHITECTURES = (80, 90, 100)
 # Shared memory one program may use: CUDA C++ Programming Guide, technical specifications per compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# What the programs of one SM share, from the same table; each takes 1 KiB of shared memory for the system.
+_SM_SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+_SM_REGISTERS, _SM_WARPS, _SM_PROGRAMS = 65536, 64, 32
 DTYPES = ("bfloat16", "float32")  # float16 has bfloat16's tiles and instructions
 HEAD_DIMS = (64, 80, 256)  # one for each tile; 80 is held as 128, with its columns masked
 # What a call brings, by name.
@@ -45,9 +51,7 @@ FEATURES = {
     "alibi": frozenset({"upper", "alibi"}),
     "sinks": frozenset({"upper", "sinks"}),
     "segments": frozenset({"upper", "segments"}),
-    "everything": frozenset(
-        {"upper", "lower", "padding", "mask", "dropout", "softcap", "alibi", "sinks", "segments"}
-    ),
+    "everything": frozenset({"upper", "lower", "padding", "mask", "dropout", "softcap", "alibi", "sinks", "segments"}),
 }
 _TENSOR_CORE = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 
@@ -80,6 +84,37 @@ class Row:
     tensor_core: int  # instructions of the architecture's own: mma.sync, wgmma, tcgen05
     mma: int  # mma.sync
     serialized: int  # wgmma pipelines the assembler gave up
+    tma: int  # loads and stores by tensor descriptor
+    setmaxnreg: int
+    # One warp, one pass of the inner loop, as machine_code.Loop: of half precision on sm_90, as the paper model is.
+    flops: int
+    exponentials: int
+    fp32: int
+    shared_bytes: int
+    issued: int
+    overlapped: int
+
+    @property
+    def occupancy(self) -> int:
+        """Programs one SM holds at a time."""
+        per_warp = -(-self.registers * 32 // 256) * 256
+        return min(
+            _SM_REGISTERS // (per_warp * self.warps),
+            _SM_SHARED[self.arch] // (self.shared + 1024),
+            _SM_WARPS // self.warps,
+            _SM_PROGRAMS,
+        )
+
+    @property
+    def bound(self) -> paper_model.Bound | None:
+        """What the pipes of a Hopper chip allow, of half precision; None where the model does not apply."""
+        if self.arch != 90 or self.dtype == "float32" or not self.tile.split("x")[-1]:
+            return None
+        block_m, block_n = map(int, self.tile.split("x"))
+        loop = Loop(self.flops, self.exponentials, self.fp32, self.shared_bytes, self.issued, self.overlapped)
+        return paper_model.bound(
+            self.kernel, self.head_dim, block_m, block_n, self.warps, loop, wgmma=self.tensor_core > 0
+        )
 
     @property
     def key(self) -> tuple[str, int, str, int, str]:
@@ -204,6 +239,8 @@ def _call(torch: Any, case: Case) -> None:
 
 def _row(case: Case, name: str, kernel: Any) -> Row:
     metadata = kernel.metadata
+    code = machine_code.read(kernel.asm["cubin"])
+    loop = code.loop if case.arch == 90 and case.dtype != "float32" else Loop()
     assembled = assemble(case.arch, kernel.asm["ptx"])
     names = kernel.src.fn.arg_names
     block = {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
@@ -216,6 +253,14 @@ def _row(case: Case, name: str, kernel: Any) -> Row:
         shared=metadata.shared,
         tensor_core=len(re.findall(_TENSOR_CORE[case.arch], kernel.asm["ptx"])),
         mma=len(re.findall(_TENSOR_CORE[80], kernel.asm["ptx"])),
+        tma=code.tma,
+        setmaxnreg=code.setmaxnreg,
+        flops=loop.flops,
+        exponentials=loop.exponentials,
+        fp32=loop.fp32,
+        shared_bytes=loop.shared,
+        issued=loop.issued,
+        overlapped=loop.overlapped,
         **assembled,
     )
 
@@ -249,12 +294,33 @@ def write_table(rows: list[Row]) -> None:
 
 
 def print_table(rows: list[Row]) -> None:
-    names = [field.name for field in fields(Row)]
-    lines = [names] + [[str(getattr(row, name)) for name in names] for row in rows]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(names))]
+    names = [field.name for field in fields(Row)] + ["occupancy"]
+    _print_aligned([names] + [[str(getattr(row, name)) for name in names] for row in rows])
+    print(f"{len(rows)} kernels, {sum(bool(row.faults()) for row in rows)} over budget")
+
+
+def print_model(rows: list[Row]) -> None:
+    """The paper model of every kernel that has one: clocks of a pass by pipe, TFLOP/s without and with overlap."""
+    lines = []
+    for row in rows:
+        bound = row.bound
+        if bound is not None:
+            clocks = {pipe: f"{clock:.0f}" for pipe, clock in bound.clocks.items()}
+            lines.append(
+                {"kernel": row.kernel, "head_dim": str(row.head_dim), "feature": row.feature, "tile": row.tile}
+                | {"warps": str(row.warps), "programs": str(row.occupancy), **clocks}
+                | {"redundant": f"{bound.redundant:.2f}", "overlapped": str(row.overlapped)}
+                | {"no overlap": f"{bound.no_overlap:.0f}", "overlap": f"{bound.overlap:.0f}"}
+            )
+    if lines:
+        print(f"\nOn paper: TFLOP/s of an H200 at {paper_model.CLOCK / 1e9} GHz in bfloat16, clocks of a pass by pipe")
+        _print_aligned([list(lines[0])] + [list(line.values()) for line in lines])
+
+
+def _print_aligned(lines: list[list[str]]) -> None:
+    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
     for line in lines:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
-    print(f"{len(rows)} kernels, {sum(bool(row.faults()) for row in rows)} over budget")
 
 
 def compile_all(selected: list[Case], workers: int) -> Iterator[list[Row]]:
@@ -273,6 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.write and not options.check:
         print_table(read_table())
+        print_model(read_table())
         return 0
     selected = cases()
     if options.sample:

@@ -47,7 +47,7 @@ def block_d(head_dim: int) -> int:
 # "plain" calls draw no dropout, load no mask and follow no window; "heavy" ones pay for that in registers. The choices
 # are the largest of those tried that spill nothing on sm_80, sm_90 and sm_100 (the budget table, benchmarks/budget.py).
 # wgmma needs 64 rows of its product: queries in most kernels, keys in dkey_dvalue. Heavy dkey_dvalue and dmask above
-# 128 spill 16 to 244 bytes with as many, on one architecture or another, and use mma.sync.
+# 128 spill 16 to 244 bytes with as many, on one architecture or another, and use mma.sync (dmask not on sm_90, below).
 _HALF_PLAIN = {
     "forward": {64: Tile(128, 64, 8), 128: Tile(64, 64, 8), 256: Tile(64, 32, 8)},
     "dquery": {64: Tile(64, 64, 8), 128: Tile(64, 64, 8), 256: Tile(64, 32, 8)},
@@ -61,6 +61,20 @@ _HALF_HEAVY = {
     "dmask": {128: Tile(64, 16, 8, 1, 255), 256: Tile(16, 64, 8, 1, 255)},
     "weights": {128: Tile(64, 32, 8, 2, 255), 256: Tile(64, 16, 8)},
 }
+# sm_90 alone, where a wgmma belongs to four warps: with eight, a tile of 64 rows is computed by halves of its columns,
+# and the softmax of all of it twice. On paper (benchmarks/paper_model.py), at head dimension 128 and without overlap,
+# the tiles above allow 245 TFLOP/s forward and 219 for dquery, these 457.
+_HOPPER_PLAIN = {
+    "forward": {64: Tile(128, 128, 8), 256: Tile(128, 64, 8)},
+    "dquery": {128: Tile(128, 64, 8), 256: Tile(128, 32, 8)},
+    "dkey_dvalue": {64: Tile(64, 128, 8), 128: Tile(32, 128, 8), 256: Tile(16, 64, 8)},
+}
+_HOPPER_HEAVY = {
+    "forward": {128: Tile(128, 64, 8, 2, 255), 256: Tile(128, 32, 8, 2, 255)},
+    "dquery": {128: Tile(64, 32, 4, 2, 255), 256: Tile(128, 16, 8, 2, 255)},
+    "dkey_dvalue": {128: Tile(16, 64, 4, 2, 255), 256: Tile(64, 16, 8, 2, 255)},
+    "dmask": {128: Tile(64, 16, 4, 1, 255), 256: Tile(64, 16, 8, 2, 255)},
+}
 # Without tensor cores (IEEE float32) the operands of a product live in registers: small tiles, and small pieces.
 _FLOAT32 = {64: Tile(32, 32, 8, 2, 255), 128: Tile(16, 32, 8, 2, 255), 256: Tile(16, 16, 8, 1, 255)}
 _FLOAT32_HEAVY = {128: Tile(16, 32, 8, 2, 255), 256: Tile(16, 16, 8, 1, 255)}
@@ -68,8 +82,8 @@ _FLOAT32_PIECE = 32
 _DELTA = Tile(64, 16, 4, 1)
 
 
-def tile(kernel: str, dtype: torch.dtype, head_dim: int, *, heavy: bool = False) -> Tile:
-    """The tile of a kernel; ``heavy`` where it loads a mask, draws dropout or follows a window."""
+def tile(kernel: str, dtype: torch.dtype, head_dim: int, *, heavy: bool = False, arch: int = 0) -> Tile:
+    """The tile of a kernel; ``heavy`` where it loads a mask, draws dropout or follows a window; ``arch`` 90 is 9.0."""
     if _override is not None:
         return _override
     if kernel == "delta":
@@ -78,6 +92,8 @@ def tile(kernel: str, dtype: torch.dtype, head_dim: int, *, heavy: bool = False)
         choices = _FLOAT32_HEAVY if heavy and kernel in ("dkey_dvalue", "dmask") else _FLOAT32
     else:
         choices = (_HALF_HEAVY if heavy else _HALF_PLAIN)[kernel]
+        if arch == 90:
+            choices = (_HOPPER_HEAVY if heavy else _HOPPER_PLAIN).get(kernel, choices)
     return next(choice for largest, choice in choices.items() if block_d(head_dim) <= largest)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels.attention import arguments, config, shapes
-from fastattn.kernels.device import on
+from fastattn.kernels.device import architecture, on
 from fastattn.philox import keep_threshold
 
 try:
@@ -110,7 +110,7 @@ class _Problem:
 
     def launch(self, name: str, kernel: Any, programs: Callable[[config.Tile], int], **arguments: Any) -> None:
         """Run one kernel with the tile chosen for it; ``programs`` gives the size of the grid."""
-        tile = config.tile(name, self.dtype, self.head_dim, heavy=self.heavy)
+        tile = config.tile(name, self.dtype, self.head_dim, heavy=self.heavy, arch=architecture(self.device))
         with on(self.device):
             kernel[(programs(tile),)](
                 masks=self.masks, shape=self.shape, F=self.features, DIM=self.head_dim,
