@@ -2,7 +2,7 @@
 
 3.6 to 3.9 compute on the bit patterns of bfloat16; they replace the functions of triton.language for each call of a
 helper inside a kernel, although the kernel's own start has done it: a third of the time of a test. They also describe
-every type anew and build the check for overflow of eight tensors: half of what is left.
+every type anew, and build a check for overflow, of eight tensors, that is never made: half of what is left.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def patch_once() -> None:
 
 
 def check_overflow_at_once() -> None:
-    """The same check of 32-bit integers, on the arrays themselves."""
+    """Raise where 32-bit integers overflow, which wraps around on a GPU, and unseen in Triton's own interpreter."""
     operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
     def check(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:

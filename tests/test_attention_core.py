@@ -45,6 +45,7 @@ FEATURES = {
     "window_left": Case(window=(5, None), rows=50, columns=50),
     "window_causal": Case(window=(7, None), causal=True, rows=50, columns=50),
     "window_self": Case(window=(0, 0)),
+    "window_of_everything": Case(window=(2**31 - 1, 2**31 - 1), alignment="bottom-right", rows=20, columns=50),
     "grouped_heads": Case(heads=6, key_heads=2),
     "one_key_head": Case(heads=4, key_heads=1, causal=True),
     "padding_right": Case(batch=3, padding=torch.bool, columns=45),

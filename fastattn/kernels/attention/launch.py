@@ -87,7 +87,7 @@ class _Problem:
         )
         self.shape = arguments.Shape(
             self.batch, self.heads, self.heads // self.key_heads, self.rows, self.columns,
-            0 if lower is None else lower, 0 if upper is None else upper, shift,
+            self._within_reach(lower), self._within_reach(upper), shift,
         )  # fmt: skip
         slopes = (None, 0) if alibi_slopes is None else (alibi_slopes, _batch_stride(alibi_slopes))
         self.masks = arguments.Masks._make(
@@ -107,6 +107,10 @@ class _Problem:
             piece=config.product_piece(self.dtype, self.head_dim),
             precision="ieee" if exact else "tf32",
         )
+
+    def _within_reach(self, bound: int | None) -> int:
+        """A bound of key - query, in (-rows, columns), no farther than that: its sums with positions fit 32 bits."""
+        return 0 if bound is None else min(max(bound, -self.rows), self.columns)
 
     def launch(self, name: str, kernel: Any, programs: Callable[[config.Tile], int], **arguments: Any) -> None:
         """Run one kernel with the tile chosen for it; ``programs`` gives the size of the grid."""
