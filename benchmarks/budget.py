@@ -86,7 +86,7 @@ class Row:
     serialized: int  # wgmma pipelines the assembler gave up
     tma: int  # loads and stores by tensor descriptor
     setmaxnreg: int
-    # One warp, one pass of the inner loop, as machine_code.Loop: of half precision on sm_90, as the paper model is.
+    # The fields of machine_code.Loop, by their names: of half precision on sm_90, as the paper model is.
     flops: int
     exponentials: int
     fp32: int
@@ -111,7 +111,7 @@ class Row:
         if self.arch != 90 or self.dtype == "float32" or not self.tile.split("x")[-1]:
             return None
         block_m, block_n = map(int, self.tile.split("x"))
-        loop = Loop(self.flops, self.exponentials, self.fp32, self.shared_bytes, self.issued, self.overlapped)
+        loop = Loop(**{field.name: getattr(self, field.name) for field in fields(Loop)})
         return paper_model.bound(
             self.kernel, self.head_dim, block_m, block_n, self.warps, loop, wgmma=self.tensor_core > 0
         )
@@ -255,12 +255,7 @@ def _row(case: Case, name: str, kernel: Any) -> Row:
         mma=len(re.findall(_TENSOR_CORE[80], kernel.asm["ptx"])),
         tma=code.tma,
         setmaxnreg=code.setmaxnreg,
-        flops=loop.flops,
-        exponentials=loop.exponentials,
-        fp32=loop.fp32,
-        shared_bytes=loop.shared,
-        issued=loop.issued,
-        overlapped=loop.overlapped,
+        **asdict(loop),
         **assembled,
     )
 

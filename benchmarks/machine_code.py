@@ -27,7 +27,7 @@ class Loop:
     flops: int = 0  # of the tensor cores
     exponentials: int = 0  # MUFU instructions, all of them
     fp32: int = 0  # FADD, FMUL, FFMA instructions
-    shared: int = 0  # bytes read from and written to shared memory, operands of wgmma included
+    shared_bytes: int = 0  # bytes read from and written to shared memory, operands of wgmma included
     issued: int = 0  # instructions
     overlapped: int = 0  # exponentials between the issue of a wgmma and the wait for it
 
@@ -65,7 +65,7 @@ def parse(sass: str) -> MachineCode:
         if target and labels.get(target[1], place) < place:
             bodies.append((labels[target[1]], place))
     innermost = [
-        (begin, end) for begin, end in bodies if not any(begin <= other < end for _, other in bodies if other != end)
+        (begin, end) for begin, end in bodies if not any(begin <= other < end for _, other in bodies)
     ]
     loops = [_count(instructions[begin : end + 1]) for begin, end in innermost]
     return MachineCode(
@@ -80,7 +80,7 @@ def _count(body: list[tuple[str, str]]) -> Loop:
         flops=sum(_flops(name) for name, _ in body),
         exponentials=sum(name.startswith("MUFU") for name, _ in body),
         fp32=sum(name.split(".")[0] in ("FADD", "FMUL", "FFMA") for name, _ in body),
-        shared=sum(_shared_bytes(name, operands) for name, operands in body),
+        shared_bytes=sum(_shared_bytes(name, operands) for name, operands in body),
         issued=len(body),
         overlapped=_overlapped(body),
     )

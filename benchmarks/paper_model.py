@@ -49,7 +49,7 @@ def bound(
         "tensor": warps * loop.flops / (_TENSOR if wgmma else _TENSOR_MMA_SYNC),
         "exponentials": warps * 32 * loop.exponentials / _EXPONENTIALS,
         "fp32": warps * 32 * loop.fp32 / _FP32,
-        "shared": warps * loop.shared / _SHARED,
+        "shared": warps * loop.shared_bytes / _SHARED,
         "issue": warps * loop.issued / _ISSUED,
     }
     slowest = max(clock for pipe, clock in clocks.items() if pipe != "tensor")

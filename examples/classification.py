@@ -25,11 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import command_line
 import corpus
 import torch
+from plain_torch import plain_torch
 from torch import Tensor, nn
 from torch.nn import functional
-from training import Run, compare, generator, load_weights, train, warmup_linear
+from training import Run, about_of, compare, generator, load_weights, train, warmup_linear
 
 from fastattn.demo import minilm
 from fastattn.models import Transformer, TransformerConfig
@@ -87,11 +89,7 @@ def prepare(tokenizer: Any, sentences: Sequence[Labelled], topics: Sequence[str]
 def build(bert: nn.Module, labels: int, *, backend: str = "auto") -> Transformer:
     """MiniLM with a head for so many labels; "torch": the same weights around torch's own attention."""
     model = Transformer.from_bert(bert.state_dict(), num_heads=HEADS, num_labels=labels, dropout=0.0)
-    if backend != "torch":
-        return model
-    plain = Transformer(model.config, attention=nn.MultiheadAttention)
-    plain.load_state_dict(model.state_dict())
-    return plain
+    return plain_torch(model) if backend == "torch" else model
 
 
 def loss_of(model: Transformer) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -191,9 +189,7 @@ def load(folder: Path) -> tuple[Transformer, list[str], int]:
     """
     if not (folder / "checkpoint.pt").exists():
         raise FileNotFoundError(f"{folder} holds no trained model: first python examples/classification.py train")
-    about = Run.read(folder).about or {}
-    if about.get("example") != "classification":
-        raise ValueError(f"{folder} holds a training of {about.get('example', 'something else')!r}, not of topics")
+    about = about_of(folder, "classification", "of topics")
     model = Transformer(TransformerConfig(**about["config"]))
     load_weights(folder, model)
     return model.eval(), about["topics"], about["max_length"]
@@ -207,34 +203,22 @@ def classify(model: Transformer, topics: Sequence[str], max_length: int, texts: 
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = result.add_subparsers(dest="command", required=True)
     helps = {
         "train": "fine-tune, or go on with it, and test it on held-out sentences",
         "compare": "the table of a training and of that with --backend torch",
         "classify": "tell the topic of sentences",
     }
-    for command, about in helps.items():
-        sub = commands.add_parser(command, help=about)
-        sub.add_argument("--folder", type=Path, help="default: runs/classification[-torch]")
-        if command == "train":
-            sub.add_argument("--backend", choices=("auto", "torch"), default="auto", help="torch: plain PyTorch")
-            sub.add_argument("--epochs", type=int, default=EPOCHS)
-            sub.add_argument("--batch", type=int, default=BATCH)
-            sub.add_argument("--max-length", type=int, default=MAX_LENGTH)
-            sub.add_argument("--seed", type=int, default=0)
-        elif command == "compare":
-            sub.add_argument("--torch-folder", type=Path)
-        else:
-            sub.add_argument("text", nargs="+")
+    result, commands = command_line.parser(__doc__, helps, "runs/classification[-torch]")
+    commands["train"].add_argument("--epochs", type=int, default=EPOCHS)
+    commands["train"].add_argument("--batch", type=int, default=BATCH)
+    commands["train"].add_argument("--max-length", type=int, default=MAX_LENGTH)
+    commands["classify"].add_argument("text", nargs="+")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args: Any = parser().parse_args(arguments)
-    usual = Path("runs") / "classification"
-    plain = usual.with_name("classification-torch")
-    folder = args.folder or (plain if vars(args).get("backend") == "torch" else usual)
+    folder, plain = command_line.folders(args, Path("runs") / "classification")
     try:
         if args.command == "train":
             run_training(
@@ -242,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 seed=args.seed,
             )  # fmt: skip
         elif args.command == "compare":
-            print(compare(folder, args.torch_folder or plain))
+            print(compare(folder, plain))
         else:
             for text, topic in zip(args.text, classify(*load(folder), args.text), strict=True):
                 print(f"{topic}: {text}")

@@ -28,6 +28,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import command_line
 import corpus
 import dialogue_report
 import torch
@@ -35,7 +36,7 @@ from corpus import Pair
 from plain_torch import plain_torch
 from torch import Tensor, nn
 from torch.nn import functional
-from training import Run, compare, generator, load_weights, train, warmup_linear
+from training import Run, about_of, compare, generator, load_weights, train, warmup_linear
 from word_pieces import END, PAD, START, UNKNOWN, WordPieces
 
 from fastattn.demo import minilm
@@ -261,9 +262,7 @@ def load(folder: Path) -> tuple[Seq2Seq | Transformer, WordPieces]:
     """
     if not (folder / "checkpoint.pt").exists():
         raise FileNotFoundError(f"{folder} holds no trained model: first python examples/dialogue.py train")
-    about = Run.read(folder).about or {}
-    if about.get("example") != "dialogue":
-        raise ValueError(f"{folder} holds a training of {about.get('example', 'something else')!r}, not of dialogue")
+    about = about_of(folder, "dialogue", "of dialogue")
     words = WordPieces(about["pieces"])
     model = _build(about["model"], len(words), about["embedding"])
     load_weights(folder, model)
@@ -296,31 +295,22 @@ def chat(model: Seq2Seq | Transformer, words: WordPieces, ask: Callable[[str], s
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = result.add_subparsers(dest="command", required=True)
     helps = {
         "train": "train, or go on with a training, and report on held-out prompts",
         "compare": "the table of a training and of that with --backend torch",
         "chat": "a conversation in the terminal",
     }
-    for command, about in helps.items():
-        sub = commands.add_parser(command, help=about)
-        sub.add_argument("--model", choices=MODELS, default="seq2seq")
-        sub.add_argument("--folder", type=Path, help="default: runs/dialogue-MODEL[-torch]")
-        if command == "train":
-            sub.add_argument("--backend", choices=("auto", "torch"), default="auto", help="torch: plain PyTorch")
-            sub.add_argument("--steps", type=int, help=f"default: {STEPS}")
-            sub.add_argument("--batch", type=int, default=BATCH)
-            sub.add_argument("--seed", type=int, default=0)
-        elif command == "compare":
-            sub.add_argument("--torch-folder", type=Path)
+    result, commands = command_line.parser(__doc__, helps, "runs/dialogue-MODEL[-torch]")
+    for command in commands.values():
+        command.add_argument("--model", choices=MODELS, default="seq2seq")
+    commands["train"].add_argument("--steps", type=int, help=f"default: {STEPS}")
+    commands["train"].add_argument("--batch", type=int, default=BATCH)
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args: Any = parser().parse_args(arguments)
-    usual = Path("runs") / f"dialogue-{args.model}"
-    folder = args.folder or (usual.with_name(f"{usual.name}-torch") if vars(args).get("backend") == "torch" else usual)
+    folder, plain = command_line.folders(args, Path("runs") / f"dialogue-{args.model}")
     try:
         if args.command == "train":
             run_training(
@@ -328,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 seed=args.seed,
             )  # fmt: skip
         elif args.command == "compare":
-            print(compare(folder, args.torch_folder or usual.with_name(f"{usual.name}-torch")))
+            print(compare(folder, plain))
         else:
             chat(*load(folder))
     except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:

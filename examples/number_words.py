@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from num2words import num2words
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 PAD, START, END = "<pad>", "<start>", "<end>"
 _SPECIAL = (PAD, START, END)
@@ -121,8 +122,6 @@ class Vocabulary:
 
     def pad_rows(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Rows of tokens as one tensor (B, longest), padded on the right, and their lengths (B,)."""
-        lengths = torch.tensor([len(row) for row in rows])
-        padded = torch.full((len(rows), int(lengths.max())), self.pad)
-        for place, row in enumerate(rows):
-            padded[place, : len(row)] = torch.tensor(row)
-        return padded, lengths
+        tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+        padded = pad_sequence(tensors, batch_first=True, padding_value=self.pad)
+        return padded, torch.tensor([len(row) for row in rows])

@@ -57,7 +57,11 @@ class Run:
 
 def generator(seed: int, step: int) -> torch.Generator:
     """The generator of the batch of one step: it needs no state in a checkpoint."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return torch.Generator().manual_seed(_seed_of(seed, step))
+
+
+def _seed_of(seed: int, step: int) -> int:
+    return seed * 1_000_003 + step
 
 
 def train(
@@ -125,7 +129,7 @@ def train(
         for step in range(first, steps):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (1.0 if schedule is None else schedule(step))
-            torch.manual_seed(seed * 1_000_003 + step)
+            torch.manual_seed(_seed_of(seed, step))
             batch = next_batch(step)
             begin = time.perf_counter()
             if step - first in _MEASURED:
@@ -175,6 +179,14 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, abou
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is the checkpoint of another model or optimizer: {error}") from error
     return run
+
+
+def about_of(folder: Path, example: str, wanted: str) -> dict[str, Any]:
+    """What the run in ``folder`` was started with; ValueError where it is none of ``example``, ``wanted`` in words."""
+    about = Run.read(folder).about or {}
+    if about.get("example") != example:
+        raise ValueError(f"{folder} holds a training of {about.get('example', 'something else')!r}, not {wanted}")
+    return about
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:

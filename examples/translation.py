@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import command_line
 import torch
 from attention_maps import plot_maps
 from number_words import LANGUAGES, LONGEST, Vocabulary, english, foreign, split
 from plain_torch import plain_torch
 from torch import Tensor
 from torch.nn import functional
-from training import Run, compare, generator, load_weights, side_by_side, train, warmup_linear
+from training import Run, about_of, compare, generator, load_weights, side_by_side, train, warmup_linear
 
 from fastattn.models import Seq2Seq, Seq2SeqConfig, Transformer, TransformerConfig, generate
 
@@ -184,9 +185,7 @@ def load(folder: Path) -> tuple[Seq2Seq | Transformer, Vocabulary, Vocabulary]:
     Raises FileNotFoundError or ValueError: there is none, or it is damaged, of something else, or of other vocabularies
     than its weights are for.
     """
-    about = Run.read(folder).about or {}
-    if about.get("example") != "translation":
-        raise ValueError(f"{folder} holds a training of {about.get('example', 'something else')!r}, not a translation")
+    about = about_of(folder, "translation", "a translation")
     settings = Settings(**{name: about[name] for name in Settings.__dataclass_fields__ if name in about})
     source, target = Vocabulary("en", about["source"]), Vocabulary(settings.language, about["target"])
     model = build(settings, len(source), len(target))
@@ -210,52 +209,43 @@ def translate(model: Seq2Seq | Transformer, source: Vocabulary, target: Vocabula
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = result.add_subparsers(dest="command", required=True)
     helps = {
         "train": "train, or go on with a training, and test it",
         "compare": "the table of a training and of that with --backend torch",
         "translate": "translate a number in words",
     }
-    for command, about in helps.items():
-        sub = commands.add_parser(command, help=about)
-        sub.add_argument("--model", choices=MODELS, default="seq2seq")
-        sub.add_argument("--language", choices=LANGUAGES, default="fr")
-        sub.add_argument("--folder", type=Path, help="default: runs/translation-LANGUAGE-MODEL[-torch]")
-        if command == "train":
-            sub.add_argument("--backend", choices=("auto", "torch"), default="auto", help="torch: plain PyTorch")
-            sub.add_argument("--steps", type=int, default=600, help="of the schedule of the learning rate")
-            sub.add_argument("--rate", type=float, help="the highest of the schedule; default: 1e-3, or 3e-3")
-            sub.add_argument("--stop", type=int, help="stop after so many steps of the schedule")
-            sub.add_argument("--size", type=int, default=128)
-            sub.add_argument("--layers", type=int, default=2, help="of the Transformer's encoder and decoder")
-            sub.add_argument("--batch", type=int, default=64)
-            sub.add_argument("--pairs", type=int, default=10_000, help="to train on, of each count of digits")
-            sub.add_argument("--seed", type=int, default=0)
-        elif command == "compare":
-            sub.add_argument("--torch-folder", type=Path)
-        else:
-            sub.add_argument("text", nargs="+")
+    result, commands = command_line.parser(__doc__, helps, "runs/translation-LANGUAGE-MODEL[-torch]")
+    for command in commands.values():
+        command.add_argument("--model", choices=MODELS, default="seq2seq")
+        command.add_argument("--language", choices=LANGUAGES, default="fr")
+    training = commands["train"]
+    training.add_argument("--steps", type=int, default=600, help="of the schedule of the learning rate")
+    training.add_argument("--rate", type=float, help="the highest of the schedule; default: 1e-3, or 3e-3")
+    training.add_argument("--stop", type=int, help="stop after so many steps of the schedule")
+    training.add_argument("--size", type=int, default=128)
+    training.add_argument("--layers", type=int, default=2, help="of the Transformer's encoder and decoder")
+    training.add_argument("--batch", type=int, default=64)
+    training.add_argument("--pairs", type=int, default=10_000, help="to train on, of each count of digits")
+    commands["translate"].add_argument("text", nargs="+")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parser().parse_args(arguments)
-    usual = Path("runs") / f"translation-{args.language}-{args.model}"
-    folder = args.folder or (usual.with_name(f"{usual.name}-torch") if vars(args).get("backend") == "torch" else usual)
+    folder, plain = command_line.folders(args, Path("runs") / f"translation-{args.language}-{args.model}")
     try:
-        _run(args, folder, usual)
+        _run(args, folder, plain)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"translation: {error}") from error
 
 
-def _run(args: Any, folder: Path, usual: Path) -> None:
+def _run(args: Any, folder: Path, plain: Path) -> None:
     if args.command == "train":
         args.rate = args.rate or RATES.get((args.model, args.language), 1e-3)
         settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
         run_training(settings, folder, backend=args.backend, stop=args.stop)
     elif args.command == "compare":
-        print(compare(folder, args.torch_folder or usual.with_name(f"{usual.name}-torch")))
+        print(compare(folder, plain))
         print(in_turns(folder))
     else:
         loaded = load(folder)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from fastattn.demo import minilm
 
@@ -71,10 +72,8 @@ class WordPieces:
 
     def pad(self, texts: Iterable[list[int]], longest: int) -> tuple[Tensor, Tensor]:
         """Numbers (B, L) padded on the right, and lengths (B,): texts cut to ``longest``; L is the longest here."""
-        cut = [text[:longest] for text in texts]
-        width = max(len(text) for text in cut)
-        rows = torch.tensor([text + [PAD] * (width - len(text)) for text in cut])
-        return rows, torch.tensor([len(text) for text in cut])
+        cut = [torch.tensor(text[:longest], dtype=torch.int64) for text in texts]
+        return pad_sequence(cut, batch_first=True, padding_value=PAD), torch.tensor([len(text) for text in cut])
 
     def embeddings(self, bert: Any) -> Tensor:
         """MiniLM's embeddings of the pieces (V, 384), of mean 0 and length 1: words alike begin as neighbours.

@@ -98,13 +98,14 @@ def describe_types_once() -> None:
     shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
     def block(self: Any, element_ty: Any, shape: Any) -> None:
-        key = (element_ty, *[size.value if type(size) is tl.constexpr else size for size in shape])
-        if type(element_ty) is tl.dtype and key in described:
-            self.__dict__.update(described[key])
-        else:
+        if type(element_ty) is not tl.dtype:
             describe(self, element_ty, shape)
-            if type(element_ty) is tl.dtype:
-                described[key] = dict(self.__dict__)
+            return
+        key = (element_ty, *[size.value if type(size) is tl.constexpr else size for size in shape])
+        if key not in described:
+            describe(self, element_ty, shape)
+            described[key] = dict(self.__dict__)
+        self.__dict__.update(described[key])
 
     def tensor(self: Any, handle: Any, type: Any) -> None:
         shape = tuple(type.shape) if type.is_block() else ()  # not yet triton's own kind of tuple

@@ -38,7 +38,7 @@ def test_the_loop_with_the_matrix_products_is_counted() -> None:
         flops=2 * 64 * (32 + 64) * 16 // 4,
         exponentials=2,
         fp32=2,
-        shared=32 * 16 + 2 * first // 4 + 2 * second // 4,
+        shared_bytes=32 * 16 + 2 * first // 4 + 2 * second // 4,
         issued=9,
         overlapped=1,
     )
