@@ -51,6 +51,8 @@ FEATURES = {
     "alibi": frozenset({"upper", "alibi"}),
     "sinks": frozenset({"upper", "sinks"}),
     "segments": frozenset({"upper", "segments"}),
+    "packed": frozenset({"packed", "upper"}),
+    "packed window": frozenset({"packed", "upper", "lower"}),
     "everything": frozenset({"upper", "lower", "padding", "mask", "dropout", "softcap", "alibi", "sinks", "segments"}),
 }
 _TENSOR_CORE = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
@@ -211,7 +213,7 @@ def recording(arch: int) -> Iterator[list[tuple[str, dict[str, Any], Any]]]:
 
 def _call(torch: Any, case: Case) -> None:
     """Attention, weights and both gradients on tensors without storage."""
-    from fastattn.kernels.attention import launch
+    from fastattn.kernels.attention import launch, packed_launch
 
     batch, heads, length = 2, 4, 1024
     dtype = getattr(torch, case.dtype)
@@ -220,6 +222,13 @@ def _call(torch: Any, case: Case) -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     brings = FEATURES[case.feature]
+    if "packed" in brings:
+        query, key, value = (empty(batch * length, heads, case.head_dim) for _ in range(3))
+        bounds = empty(batch + 1, dtype=torch.int32)
+        sequences = (bounds, bounds, None, length, length, 0.125, 255 if "lower" in brings else None, 0)
+        out, logsumexp = packed_launch.packed_attention(query, key, value, *sequences)
+        packed_launch.packed_attention_backward(out, None, query, key, value, out, logsumexp, *sequences)
+        return
     query, key, value = (empty(batch, length, heads, case.head_dim).transpose(1, 2) for _ in range(3))
     mask = empty(1, heads, length, length) if "mask" in brings else None
     padding = empty(batch, length, dtype=torch.bool) if "padding" in brings else None

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from measure import OURS, Call, attention_flops, compare
-from test_attention import in_evaluation, in_training
+from test_attention import in_evaluation, in_training, on
 from torch import Tensor, nn
 
 import fastattn
@@ -64,7 +64,7 @@ def test_packed(
             mask = mask & torch.ones(longest, longest, dtype=torch.bool, device=DEVICE).tril()
         return sdpa(*three, attn_mask=mask).transpose(1, 2)[valid]
 
-    runs = {OURS: ours, "SDPA in a loop": loop, "SDPA padded": padded}
+    runs = {OURS: on("triton", ours) if CUDA else ours, "SDPA in a loop": loop, "SDPA padded": padded}
     if CUDA:
         from torch.nn.attention.varlen import varlen_attn
 

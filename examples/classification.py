@@ -31,7 +31,7 @@ import torch
 from plain_torch import plain_torch
 from torch import Tensor, nn
 from torch.nn import functional
-from training import Run, about_of, compare, generator, load_weights, train, warmup_linear
+from training import Run, about_of, compare, generator, load_weights, side_by_side, train, warmup_linear
 
 from fastattn.demo import minilm
 from fastattn.models import Transformer, TransformerConfig
@@ -42,7 +42,7 @@ HELD_OUT = 0.2
 # With 2e-4 for both, all sentences were taken for the largest topic after three epochs.
 RATE, HEAD_RATE = 5e-5, 1e-3
 BATCH = 32
-EPOCHS = 2
+EPOCHS = 5
 MAX_LENGTH = 24  # pieces, with BERT's [CLS] and [SEP]; 1 sentence in 25 is longer, and cut
 HEADS = 12  # MiniLM's
 
@@ -195,6 +195,14 @@ def load(folder: Path) -> tuple[Transformer, list[str], int]:
     return model.eval(), about["topics"], about["max_length"]
 
 
+def in_turns(folder: Path) -> str:
+    """The table of a step of this model and of that of plain torch, for a batch of the corpus."""
+    (ours, topics, max_length), (theirs, *_) = load(folder), load(folder)
+    batch = prepare(minilm.load_tokenizer(), corpus.sentences()[:BATCH], topics, max_length).batch(torch.arange(BATCH))
+    models = {"fastattn": ours, "torch": plain_torch(theirs)}
+    return side_by_side(models, lambda model: loss_of(model)(*batch))
+
+
 def classify(model: Transformer, topics: Sequence[str], max_length: int, texts: Sequence[str]) -> list[str]:
     """The likeliest topic of each text. ValueError for one without a word."""
     if not texts or not all(text.strip() for text in texts):
@@ -227,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )  # fmt: skip
         elif args.command == "compare":
             print(compare(folder, plain))
+            print(in_turns(folder))
         else:
             for text, topic in zip(args.text, classify(*load(folder), args.text), strict=True):
                 print(f"{topic}: {text}")

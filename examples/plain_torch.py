@@ -13,13 +13,17 @@ from fastattn.modules.memory import ProjectedKeys
 
 
 class PlainMultiheadAttention(nn.MultiheadAttention):
-    """torch's, whose ``is_causal`` needs the mask spelled out."""
+    """torch's, whose ``is_causal`` needs the mask spelled out.
+
+    Its output is a transposed view, over which dropout would draw in another order than over fastattn's.
+    """
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
         if options.get("is_causal") and options.get("attn_mask") is None:
             length, others = query.shape[1], key.shape[1]
             options["attn_mask"] = torch.ones(length, others, dtype=torch.bool, device=query.device).triu(1)
-        return super().forward(query, key, value, *args, **options)
+        out, weights = super().forward(query, key, value, *args, **options)
+        return out.contiguous(), weights
 
 
 class PlainAdditiveAttention(fastattn.AdditiveAttention):

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from fastattn.models import checkpoint
 from fastattn.profiling.memory import peak_memory
 from fastattn.profiling.plot import pyplot
+from fastattn.profiling.table import render
 from fastattn.profiling.timing import interleaved
 
 KIND = "training"  # of the checkpoints, which hold more than a model
@@ -274,19 +275,19 @@ def compare(fast: Path, torch_folder: Path, *, steps: int = 200) -> str:
     Next to ``fast`` it leaves comparison.png, both curves.
     """
     runs = {"fastattn": Run.read(fast), "torch": Run.read(torch_folder)}
-    lines = [f"{'':10} {'steps':>6} {'median ms/step':>15} {'peak MB/step':>13} {'last loss':>10}"]
-    for name, run in runs.items():
-        milliseconds = statistics.median(run.seconds) * 1e3
-        last = statistics.fmean(run.losses[-20:])
-        lines.append(f"{name:10} {len(run.losses):6} {milliseconds:15.1f} {run.peak_bytes / 1e6:13.1f} {last:10.4f}")
+    rows = [
+        [name, str(len(run.losses)), f"{statistics.median(run.seconds) * 1e3:.1f}", f"{run.peak_bytes / 1e6:.1f}",
+         f"{statistics.fmean(run.losses[-20:]):.4f}"]
+        for name, run in runs.items()
+    ]  # fmt: skip
     pairs = list(zip(*(run.losses[:steps] for run in runs.values()), strict=False))
     apart = max(abs(ours - theirs) for ours, theirs in pairs)
     relative = max(abs(ours - theirs) / max(abs(theirs), 1e-12) for ours, theirs in pairs)
-    lines.append(
-        f"the losses of the first {len(pairs)} steps differ by at most {apart:.1e}, or {relative:.1e} of their size"
-    )
     plot_losses(runs, fast / "comparison.png")
-    return "\n".join(lines)
+    return (
+        render(["two trainings", "steps", "median ms/step", "peak MB/step", "last loss"], rows)
+        + f"\nthe losses of the first {len(pairs)} steps differ by at most {apart:.1e}, or {relative:.1e} of their size"
+    )
 
 
 def side_by_side(models: dict[str, nn.Module], loss: Callable[[nn.Module], Tensor], *, seconds: float = 5.0) -> str:
@@ -309,6 +310,5 @@ def side_by_side(models: dict[str, nn.Module], loss: Callable[[nn.Module], Tenso
     for name, call in calls.items():
         models[name].zero_grad()
         peaks[name] = peak_memory(call, device)
-    lines = [f"{'in turns':10} {'median ms':>10} {'peak MB':>8}"]
-    lines += [f"{name:10} {times[name] * 1e3:10.1f} {peaks[name] / 1e6:8.1f}" for name in models]
-    return "\n".join(lines)
+    rows = [[name, f"{times[name] * 1e3:.1f}", f"{peaks[name] / 1e6:.1f}"] for name in models]
+    return render(["a step, in turns", "median ms", "peak MB"], rows)

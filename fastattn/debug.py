@@ -55,6 +55,13 @@ def check_cu_seq(name: str, bounds: list[int], total: int | None, longest: int, 
         raise ValueError(f"{longest_name}: got {longest}, expected at least the longest sequence, {max(lengths)}")
 
 
+def check_used(used: list[int], bounds: list[int]) -> None:
+    """How many keys of each sequence take part, where ``bounds`` [0, ..., total] say how many it has."""
+    for number, (n, (before, after)) in enumerate(zip(used, itertools.pairwise(bounds), strict=True)):
+        if not 0 <= n <= after - before:
+            raise ValueError(f"seqused_k: got {n} for sequence {number}, allowed are 0 to its {after - before} keys")
+
+
 def check_cache(cache_lengths: Tensor, appended: int, capacity: int, block_table: Tensor | None, pages: int) -> None:
     """Lengths (B,) before ``appended`` more tokens within ``capacity``, and used pages of the table within the pool."""
     if cache_lengths.numel() == 0:

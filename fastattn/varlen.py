@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fastattn import validation, varlen_eager, varlen_op  # noqa: F401  varlen_op registers the operator
+from fastattn.dispatch import Backend, Request, choose
+from fastattn.kernels.attention import packed_op
 from fastattn.varlen_checks import check_cu_seq_tensor, check_inference_only, check_longest, check_packed, check_paged
 
 
@@ -57,8 +59,9 @@ def varlen_attention(
         inputs), the shape torch's kernel gives. Both are differentiable. A query without a key has output 0 and
         LSE -inf.
 
-    On the CPU, and on a GPU as long as no kernel for packed sequences is verified there, sequences of one length are
-    one dense call. Boundaries are read for that, which waits for a GPU; they are checked as they are read.
+    The Triton kernels, where they are verified or forced, take the pack as it is and read no boundary on the host;
+    with a ``block_table``, and everywhere else, sequences of one length are one dense call. Boundaries are read for
+    that, which waits for a GPU; they are checked as they are read. Triton's cuts bad ones: see ``debug_checks``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
@@ -77,6 +80,11 @@ def varlen_attention(
     return_lse = return_aux is not None and bool(return_aux.lse)
     check_inference_only(query, key, value, seqused_k=seqused_k, block_table=block_table)
     query, key, value = _autocast(query, key, value)
+    if cu_seq_k is not None and block_table is None and _in_one_kernel(query, value, return_lse):
+        out, logsumexp = torch.ops.fastattn.packed_attention(
+            query, key, value, cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, scale, left, right
+        )
+        return (out, logsumexp[0]) if return_lse else out
     if torch.compiler.is_compiling():
         out, lse = torch.ops.fastattn.varlen_attention(
             query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, left, right, seqused_k, block_table, return_lse
@@ -95,3 +103,24 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     target = dtype if dtype == torch.float64 else torch.get_autocast_dtype(device_type)
     return tuple(tensor.to(target) for tensor in tensors)
+
+
+def _in_one_kernel(query: Tensor, value: Tensor, return_lse: bool) -> bool:
+    """Whether the pack goes to the Triton kernels as it is."""
+    request = Request(
+        query.device.type, query.dtype, query.shape[-1], value.shape[-1], return_lse=return_lse, band=True
+    )  # fmt: skip
+    return choose(request) is Backend.TRITON
+
+
+def _definition(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, seqused_k: Tensor | None,
+    max_q: int, max_k: int, scale: float, left: int | None, right: int | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """What ``packed_op`` computes."""
+    return varlen_eager.attend(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, left, right, seqused_k, None, True
+    )
+
+
+packed_op.second_derivative["packed"] = _definition

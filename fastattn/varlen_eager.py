@@ -87,9 +87,7 @@ def _keys(
     if seqused_k is None:
         return keys, values
     used = seqused_k.tolist()
-    for number, (n, length) in enumerate(zip(used, lengths, strict=True)):
-        if not 0 <= n <= length:
-            raise ValueError(f"seqused_k: got {n} for sequence {number}, allowed are 0 to its {length} keys")
+    debug.check_used(used, bounds)
     return (
         [part[:n] for part, n in zip(keys, used, strict=True)],
         [part[:n] for part, n in zip(values, used, strict=True)],

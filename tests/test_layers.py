@@ -19,11 +19,11 @@ LAYERS = (
      "fastattn.kv_cache", "fastattn.kv_cache_op", "fastattn.kv_cache_eager", "fastattn.layer_norm_lstm",
      "fastattn.double_backward"),
     ("fastattn.dispatch", "fastattn.lstm_dispatch", "fastattn.sdpa", "fastattn.validation",
-     "fastattn.additive_validation", "fastattn.varlen_checks", "fastattn.debug"),
+     "fastattn.additive_validation", "fastattn.varlen_checks"),
     ("fastattn.reference", "fastattn.reference_additive", "fastattn.reference_lstm",
      "fastattn.reference_layer_norm_lstm"),
     ("fastattn.kernels",),
-    ("fastattn.philox",),
+    ("fastattn.philox", "fastattn.debug"),
 )  # fmt: skip
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 import fastattn
-from fastattn import varlen_eager
+from fastattn import debug, varlen_eager
 from fastattn.dispatch import Backend
+from fastattn.kernels.attention import packed_launch
 from fastattn.testing import AttentionCase, Inputs, check, eager_call
 
 LSE = AuxRequest(lse=True)
@@ -86,30 +87,39 @@ NEIGHBOURS = {
 }
 
 
+BACKENDS = ["auto", *(["triton"] if Backend.TRITON in KERNELS else [])]
+
+
 @pytest.mark.parametrize("neighbours", NEIGHBOURS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
-def test_sequences(name: str, neighbours: str) -> None:
+def test_sequences(name: str, backend: str, neighbours: str) -> None:
     case = replace(CASES[name], alignment="bottom-right", loss=("out", "lse"))
-    check(case, between(*NEIGHBOURS[neighbours]), DEVICE)
+    if backend == "triton" and case.dtype == torch.float64:
+        pytest.skip("the kernels take no float64")
+    with fastattn.backend(backend):
+        check(case, between(*NEIGHBOURS[neighbours]), DEVICE)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @FUZZ
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=5),
     group=st.sampled_from((1, 3)),
     window=st.tuples(st.integers(-1, 12), st.integers(-1, 12)),
-    dtype=st.sampled_from((torch.float32, torch.float64)),
+    bounds_dtype=st.sampled_from((torch.int32, torch.int64)),
 )
 def test_any_lengths(
-    lengths: list[tuple[int, int]], group: int, window: tuple[int, int], dtype: torch.dtype
+    backend: str, lengths: list[tuple[int, int]], group: int, window: tuple[int, int], bounds_dtype: torch.dtype
 ) -> None:
     """Output, LSE and gradients against the dense function sequence by sequence."""
     rows, columns = [row for row, _ in lengths], [column for _, column in lengths]
-    leaves = [tensor.requires_grad_() for tensor in packed(rows, columns, 2 * group, 2, dtype=dtype)]
-    out, lse = fastattn.varlen_attention(
-        *leaves, bounds(rows), bounds(columns), max(rows, default=0), max(columns, default=0), return_aux=LSE,
-        window_size=window, enable_gqa=True,
-    )  # fmt: skip
+    leaves = [tensor.requires_grad_() for tensor in packed(rows, columns, 2 * group, 2)]
+    with fastattn.backend(backend):
+        out, lse = fastattn.varlen_attention(
+            *leaves, bounds(rows).to(bounds_dtype), bounds(columns).to(bounds_dtype), max(rows, default=0),
+            max(columns, default=0), return_aux=LSE, window_size=window, enable_gqa=True,
+        )  # fmt: skip
     assert out.shape == leaves[0].shape
     assert lse.shape == (2 * group, sum(rows))
     weigh = torch.randn_like(out)
@@ -145,17 +155,54 @@ def test_second_derivative() -> None:
         assert torch.autograd.gradgradcheck(call, leaves)
 
 
-@pytest.mark.skipif(Backend.TRITON not in KERNELS, reason="needs Triton on this device")
-def test_a_forced_backend_serves_the_sequences() -> None:
-    tensors = packed([3, 20], [5, 20])
-    arguments = (*tensors, bounds([3, 20]), bounds([5, 20]), 20, 20)
+TRITON = pytest.mark.skipif(Backend.TRITON not in KERNELS, reason="needs Triton on this device")
+
+
+@TRITON
+def test_second_derivative_of_the_kernel() -> None:
+    leaves = [tensor.requires_grad_() for tensor in packed([2, 0, 3], [3, 1, 2])]
+    arguments = (bounds([2, 0, 3]), bounds([3, 1, 2]), 3, 3)
+    results = []
+    for backend in ("triton", "reference"):
+        with fastattn.backend(backend):
+            out, lse = fastattn.varlen_attention(*leaves, *arguments, return_aux=LSE, enable_gqa=True)
+            first = torch.autograd.grad(out.square().sum() + lse.square().sum(), leaves, create_graph=True)
+            results.append((*first, *torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@TRITON
+@pytest.mark.parametrize("name", ["cu_seq_q", "cu_seq_k", "seqused_k"])
+def test_bad_boundaries_lead_nowhere(name: str) -> None:
+    """Where they are not checked, on a GPU outside ``debug_checks``: no address outside, no number of nobody."""
+    query, key, value = packed([3, 20, 5], [5, 20, 9])
+    good = {"cu_seq_q": bounds([3, 20, 5]), "cu_seq_k": bounds([5, 20, 9]), "seqused_k": ints(5, 20, 9)}
+    for numbers in ((-7, 2**30, -(2**30), 40), (30, 20, 10, 0), (5, 5, 5, 5), (0, 28, 2**30, 2**31 - 1)):
+        bad = good | {name: ints(*numbers[: len(good[name])])}
+        sequences = (*bad.values(), 20, 20, 0.3, None, 0)
+        out, logsumexp = packed_launch.packed_attention(query, key, value, *sequences)
+        grads = packed_launch.packed_attention_backward(out, None, query, key, value, out, logsumexp, *sequences)
+        assert all(tensor.isfinite().all() for tensor in (out, *grads))
+        assert not logsumexp.isnan().any()
+
+
+@TRITON
+def test_the_kernel_reads_nothing_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pack is a launch or two, whatever the lengths: no boundary is waited for."""
+    tensors = [tensor.requires_grad_() for tensor in packed([3, 20, 0], [5, 20, 2])]
+    arguments = (bounds([3, 20, 0]), bounds([5, 20, 2]), 20, 20)
+    monkeypatch.setattr(debug, "may_read", lambda tensor: False)
+    for method in ("tolist", "item", "__bool__", "__int__", "cpu"):
+        monkeypatch.setattr(Tensor, method, lambda self, *_: pytest.fail("a tensor is read"))
     with fastattn.backend("triton"):
-        out = fastattn.varlen_attention(*arguments, window_size=(-1, 0), enable_gqa=True)
-    torch.testing.assert_close(out, fastattn.varlen_attention(*arguments, window_size=(-1, 0), enable_gqa=True))
+        out = fastattn.varlen_attention(*tensors, *arguments, window_size=(-1, 0), enable_gqa=True)
+        torch.autograd.grad(out, tensors, torch.ones_like(out))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_used_keys_and_pages(dtype: torch.dtype) -> None:
+def test_used_keys_and_pages(dtype: torch.dtype, backend: str) -> None:
     """seqused_k alone and with a block table: as if the other keys were not there."""
     rows, columns, used = [2, 1, 3], [20, 7, 33], [13, 0, 33]
     query, key, value = packed(rows, columns)
@@ -164,21 +211,36 @@ def test_used_keys_and_pages(dtype: torch.dtype) -> None:
     ]
     common = {"window_size": (-1, 0), "enable_gqa": True, "return_aux": LSE}
     wanted = fastattn.varlen_attention(query, *parts, bounds(rows), bounds(used), 3, 33, **common)
-    found = fastattn.varlen_attention(
-        query, key, value, bounds(rows), bounds(columns), 3, 33, seqused_k=ints(*used, dtype=dtype), **common
-    )
+    with fastattn.backend(backend):
+        found = fastattn.varlen_attention(
+            query, key, value, bounds(rows), bounds(columns), 3, 33, seqused_k=ints(*used, dtype=dtype), **common
+        )
     pools, table = [torch.full((8, 16, 2, 8), float("nan"), device=DEVICE) for _ in range(2)], [[3, -1, -1], [-1] * 3]
     table.append([6, 0, 5])
     for pool, tensor in zip(pools, (key, value), strict=True):
         first, _, last = tensor.split(columns)
         pool[3, :13], pool[6], pool[0], pool[5, :1] = first[:13], last[:16], last[16:32], last[32:]
-    paged = fastattn.varlen_attention(
-        query, *pools, bounds(rows), None, 3, 33, seqused_k=ints(*used, dtype=dtype),
-        block_table=torch.tensor(table, dtype=dtype, device=DEVICE), **common,
-    )  # fmt: skip
+    with fastattn.backend(backend):
+        paged = fastattn.varlen_attention(
+            query, *pools, bounds(rows), None, 3, 33, seqused_k=ints(*used, dtype=dtype),
+            block_table=torch.tensor(table, dtype=dtype, device=DEVICE), **common,
+        )  # fmt: skip
     for results in (found, paged):
         for one, other in zip(results, wanted, strict=True):
             torch.testing.assert_close(one, other)
+
+
+@TRITON
+@pytest.mark.parametrize("used", [None, (4, 0, 3)])
+def test_opcheck_of_the_kernel(used: tuple[int, ...] | None) -> None:
+    tensors = [tensor.requires_grad_() for tensor in packed([3, 0, 4], [5, 2, 4])]
+    sequences = (bounds([3, 0, 4]), bounds([5, 2, 4]), None if used is None else ints(*used), 4, 5, 0.3, None, 0)
+    torch.library.opcheck(torch.ops.fastattn.packed_attention, (*tensors, *sequences))
+    plain = [tensor.detach() for tensor in tensors]
+    out, logsumexp = torch.ops.fastattn.packed_attention(*plain, *sequences)
+    grads = (torch.randn(7, 4, 8, device=DEVICE), torch.randn(2, 4, 7, device=DEVICE))
+    arguments = (*grads, *plain, out, logsumexp, *sequences)
+    torch.library.opcheck(torch.ops.fastattn.packed_attention_backward, arguments)
 
 
 @pytest.mark.parametrize("wanted", [None, LSE])
@@ -202,8 +264,9 @@ class _Counter:
         return module.forward
 
 
+@pytest.mark.parametrize("serving", BACKENDS)
 @pytest.mark.parametrize("backend", ["counted", "aot_eager"])
-def test_compile_once_for_all_lengths(backend: str) -> None:
+def test_compile_once_for_all_lengths(backend: str, serving: str) -> None:
     torch._dynamo.reset()
     counter = _Counter()
 
@@ -216,8 +279,9 @@ def test_compile_once_for_all_lengths(backend: str) -> None:
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter if backend == "counted" else backend)
     for rows, columns in (([5, 0, 9], [7, 3, 9]), ([4, 4, 6], [2, 9, 8]), ([11, 1, 1], [20, 0, 6])):
         leaves = [tensor.requires_grad_() for tensor in packed(rows, columns)]
-        found = torch.autograd.grad(compiled(*leaves, bounds(rows), bounds(columns)), leaves)
-        wanted = torch.autograd.grad(loss(*leaves, bounds(rows), bounds(columns)), leaves)
+        with fastattn.backend(serving):
+            found = torch.autograd.grad(compiled(*leaves, bounds(rows), bounds(columns)), leaves)
+            wanted = torch.autograd.grad(loss(*leaves, bounds(rows), bounds(columns)), leaves)
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other)
     assert counter.count == (1 if backend == "counted" else 0)
@@ -324,11 +388,12 @@ BAD = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(name: str) -> None:
+def test_bad_input(name: str, backend: str) -> None:
     changed, error, message = BAD[name]
     changed = {key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in changed.items()}
-    with pytest.raises(error, match=message):
+    with fastattn.backend(backend), fastattn.debug_checks(), pytest.raises(error, match=message):
         fastattn.varlen_attention(**_pack(**changed))
 
 

@@ -23,6 +23,7 @@ class TransformerConfig:
         norm_first: pre-norm, x + f(norm(x)), with one more norm behind the last layer; else norm(x + f(x)).
         norm_eps: added to the variance in every norm.
         dropout: of embeddings, attention weights and what each sublayer adds, in training.
+        attention_dropout: that of the attention weights, where it is another; None is ``dropout``.
         positions: "sinusoidal", of any length, or "learned", a table of max_positions.
         max_positions: longest sequence of learned positions.
         scale_embeddings: multiply tokens' embeddings by sqrt(dim) (Vaswani et al. 2017, section 3.4).
@@ -48,6 +49,7 @@ class TransformerConfig:
     norm_first: bool = False
     norm_eps: float = 1e-5
     dropout: float = 0.1
+    attention_dropout: float | None = None
     positions: str = "sinusoidal"
     max_positions: int = 512
     scale_embeddings: bool = False
@@ -75,8 +77,9 @@ class TransformerConfig:
             raise ValueError(f"activation: got {self.activation!r}, allowed are {', '.join(map(repr, _ACTIVATIONS))}")
         if self.positions not in _POSITIONS:
             raise ValueError(f"positions: got {self.positions!r}, allowed are {', '.join(map(repr, _POSITIONS))}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout: got {self.dropout}, expected at least 0 and less than 1")
+        for name, probability in (("dropout", self.dropout), ("attention_dropout", self.attention_dropout)):
+            if probability is not None and not 0.0 <= probability < 1.0:
+                raise ValueError(f"{name}: got {probability}, expected at least 0 and less than 1")
         if not self.norm_eps > 0.0:
             raise ValueError(f"norm_eps: got {self.norm_eps}, expected more than 0")
         if self.source_vocab_size is not None:

@@ -42,12 +42,13 @@ class TransformerLayer(nn.Module):
     def __init__(self, config: TransformerConfig, cross: bool, attention: type[TorchMultiheadAttention]) -> None:
         super().__init__()
         self.norm_first, self.activation = config.norm_first, config.activation
-        self.self_attn = attention(config.dim, config.num_heads, dropout=config.dropout, batch_first=True)
+        dropped = config.dropout if config.attention_dropout is None else config.attention_dropout
+        self.self_attn = attention(config.dim, config.num_heads, dropout=dropped, batch_first=True)
         self.self_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.cross_attn: TorchMultiheadAttention | None = None
         self.cross_norm: nn.LayerNorm | None = None
         if cross:
-            self.cross_attn = attention(config.dim, config.num_heads, dropout=config.dropout, batch_first=True)
+            self.cross_attn = attention(config.dim, config.num_heads, dropout=dropped, batch_first=True)
             self.cross_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.linear1 = nn.Linear(config.dim, config.hidden_dim)
         self.linear2 = nn.Linear(config.hidden_dim, config.dim)

@@ -82,6 +82,21 @@ class Masks(NamedTuple):
     cap: Any
 
 
+class Packed(NamedTuple):
+    """Sequences behind one another in tensors of one batch, (1, H, tokens, D).
+
+    Sequence n has queries ``query``[n] to ``query``[n + 1] - 1 and keys ``key``[n] to ``key``[n + 1] - 1, of which the
+    first ``used``[n] take part; ``used`` is None where all do. ``rows`` and ``columns`` are the tokens of all
+    sequences, those of ``Shape`` are the longest sequence's.
+    """
+
+    query: Any
+    key: Any
+    used: Any
+    rows: Any
+    columns: Any
+
+
 class Dropout(NamedTuple):
     """Seed pointer (None: no dropout), the smallest 24-bit number kept, and 1 / (1 - dropout_p)."""
 
@@ -96,7 +111,8 @@ class Features:
 
     ``natural``: scores in natural units, because a float mask needs them (see score_tile). ``split``: tiles that
     nothing cuts run in a loop of their own without the comparisons; a second copy of a loop that also loads masks or
-    draws dropout costs more registers than the comparisons cost time. ``piece``: see product_tile.
+    draws dropout costs more registers than the comparisons cost time. ``piece``: see product_tile. ``ahead``: see the
+    forward kernel.
     """
 
     mask_bool: bool
@@ -110,3 +126,4 @@ class Features:
     split: bool
     piece: int
     precision: str
+    ahead: bool = False

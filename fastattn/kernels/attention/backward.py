@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention.arguments import Rows
+from fastattn.kernels.attention.packing import from_row, number_of_row, sequence
 from fastattn.kernels.attention.primitives import (
     dscore_tile,
     first_full_query,
@@ -49,7 +50,7 @@ def attention_delta(
     if dlogsumexp.pointer is not None:
         address = dlogsumexp.pointer + b * dlogsumexp.batch + h * dlogsumexp.head
         result -= tl.load(address + row.to(tl.int64) * dlogsumexp.row, mask=inside, other=0.0).to(tl.float32)
-    tl.store(delta + batch_head.to(tl.int64) * shape.rows + row, result, mask=inside)
+    tl.store(delta + number_of_row(b, h, row, shape, None), result, mask=inside)
 
 
 @triton.jit
@@ -83,10 +84,10 @@ def _walk_keys(
     return dqueries, row_sum
 
 
-@triton.jit(do_not_specialize=("shape",))
+@triton.jit(do_not_specialize=("shape", "packed"))
 def attention_dquery(
     query, key, value, dout, dweights, logsumexp, delta, dquery, dlogsumexp, scale, score_scale, masks, dropout, shape,
-    F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    packed, F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dquery (B, H, L, D) and, for the weights, dlogsumexp (B, H, L): one program owns BLOCK_M queries of one head."""
     tiles = tl.cdiv(shape.rows, BLOCK_M)
@@ -94,11 +95,17 @@ def attention_dquery(
     first_row = (tiles - 1 - program % tiles) * BLOCK_M
     batch_head = program // tiles
     batch = batch_head // shape.heads
-    b = batch.to(tl.int64)
     h = (batch_head % shape.heads).to(tl.int64)
+    b, shape, first_query, first_key = sequence(batch, shape, packed)
+    if packed is not None:
+        if first_row >= shape.rows:
+            return
+        query, dquery = from_row(query, first_query), from_row(dquery, first_query)
+        dout, logsumexp, delta = from_row(dout, first_query), logsumexp + first_query, delta + first_query
+        key, value = from_row(key, first_key), from_row(value, first_key)
     row = first_row + tl.arange(0, BLOCK_M)
     inside = row < shape.rows
-    place = batch_head.to(tl.int64) * shape.rows + row
+    place = number_of_row(b, h, row, shape, packed)
 
     query_rows = Rows(query, b, h, first_row, shape.rows)
     queries = load_rows(query_rows, DIM, BLOCK_M, BLOCK_D)
@@ -108,7 +115,7 @@ def attention_dquery(
     if dout.pointer is not None:
         douts = load_rows(dout_rows, DIM, BLOCK_M, BLOCK_D)
         deltas = tl.load(delta + place, mask=inside, other=0.0)
-    pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
+    pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M, packed)
     dqueries = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
 
@@ -134,11 +141,11 @@ def attention_dquery(
 @triton.jit
 def _walk_queries(
     dkeys, dvalues, keys, key_rows, values, value_rows, begin, end, b, h, first_column, query, dout, logsumexp, delta,
-    dweights, scale, masks, dropout, shape, F: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr,
+    dweights, scale, masks, dropout, shape, packed, F: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the queries [begin, end) of one head to (dkeys, dvalues)."""
-    first_place = (b * shape.heads + h) * shape.rows
+    first_place = number_of_row(b, h, 0, shape, packed)
     for first_row in tl.range(begin, end, BLOCK_M):
         row = first_row + tl.arange(0, BLOCK_M)
         inside = row < shape.rows
@@ -153,7 +160,7 @@ def _walk_queries(
             douts = load_rows(dout_rows, DIM, BLOCK_M, BLOCK_D)
             dproduct = product_tile(values, value_rows, douts, dout_rows, F, DIM, BLOCK_N, BLOCK_M)
             deltas = tl.load(delta + first_place + row, mask=inside, other=0.0)
-        pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
+        pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M, packed)
         score, slope = score_tile(
             product, b, h, first_row, first_column, scale, masks, shape, F, EDGE, BLOCK_M, BLOCK_N, True
         )
@@ -169,10 +176,10 @@ def _walk_queries(
     return dkeys, dvalues
 
 
-@triton.jit(do_not_specialize=("shape",))
+@triton.jit(do_not_specialize=("shape", "packed"))
 def attention_dkey_dvalue(
     query, key, value, dout, dweights, logsumexp, delta, dkey, dvalue, scale, score_scale, masks, dropout, shape,
-    F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    packed, F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dkey, dvalue (B, H / group, S, D): one program owns BLOCK_N keys of one key head and all its query heads."""
     tiles = tl.cdiv(shape.columns, BLOCK_N)
@@ -181,8 +188,15 @@ def attention_dkey_dvalue(
     first_column = program % tiles * BLOCK_N
     batch = program // tiles // key_heads
     key_head = program // tiles % key_heads
-    b = batch.to(tl.int64)
     kh = key_head.to(tl.int64)
+    b, shape, first_query, first_key = sequence(batch, shape, packed)
+    if packed is not None:
+        if first_column >= shape.columns:
+            return
+        query, dout = from_row(query, first_query), from_row(dout, first_query)
+        logsumexp, delta = logsumexp + first_query, delta + first_query
+        key, value = from_row(key, first_key), from_row(value, first_key)
+        dkey, dvalue = from_row(dkey, first_key), from_row(dvalue, first_key)
 
     key_rows = Rows(key, b, kh, first_column, shape.columns)
     keys = load_rows(key_rows, DIM, BLOCK_N, BLOCK_D)
@@ -204,14 +218,14 @@ def attention_dkey_dvalue(
         if F.split:
             dkeys, dvalues = _walk_queries(
                 dkeys, dvalues, keys, key_rows, values, value_rows, whole, end, b, h, first_column, query, dout,
-                logsumexp, delta, dweights, score_scale, masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M,
-                BLOCK_N,
+                logsumexp, delta, dweights, score_scale, masks, dropout, shape, packed, F, False, DIM, BLOCK_D,
+                BLOCK_M, BLOCK_N,
             )  # fmt: skip
         if F.has_lower or F.has_upper or not F.split:
             dkeys, dvalues = _walk_queries(
                 dkeys, dvalues, keys, key_rows, values, value_rows, begin, whole, b, h, first_column, query, dout,
-                logsumexp, delta, dweights, score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M,
-                BLOCK_N,
+                logsumexp, delta, dweights, score_scale, masks, dropout, shape, packed, F, True, DIM, BLOCK_D,
+                BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
     store_rows(Rows(dkey, b, kh, first_column, shape.columns), dkeys * scale, DIM, BLOCK_N, BLOCK_D)

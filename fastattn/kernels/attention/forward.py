@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention.arguments import Rows
+from fastattn.kernels.attention.packing import from_row, number_of_row, rest_of_logsumexp, sequence
 from fastattn.kernels.attention.primitives import (
     LN2,
     LOG2E,
@@ -28,15 +29,20 @@ from fastattn.kernels.attention.primitives import (
 
 @triton.jit
 def _walk_keys(
-    output, total, maximum, queries, query_rows, begin, end, b, h, first_row, key, value, scale, masks, dropout, shape,
-    F: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    output, total, maximum, product, queries, query_rows, begin, end, b, h, first_row, key, value, scale, masks,
+    dropout, shape, F: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Fold the keys [begin, end) into (output, total, maximum)."""
+    """Fold the keys [begin, end) into (output, total, maximum).
+
+    With F.ahead ``product`` is Q K^T of the first tile, and each pass starts that of the next one before its softmax:
+    the tensor cores work meanwhile, for nothing after the last tile.
+    """
     for first_column in tl.range(begin, end, BLOCK_N):
-        key_rows = Rows(key, b, h // shape.group, first_column, shape.columns)
-        keys = load_rows(key_rows, DIM, BLOCK_N, BLOCK_D)  # [BN, BD]
-        product = product_tile(queries, query_rows, keys, key_rows, F, DIM, BLOCK_M, BLOCK_N)  # [BM, BN]
+        column = first_column + BLOCK_N if F.ahead else first_column
+        started = _products(queries, query_rows, key, b, h, column, shape, F, DIM, BLOCK_D, BLOCK_M, BLOCK_N)
+        if not F.ahead:
+            product = started
         score, _ = score_tile(
             product, b, h, first_row, first_column, scale, masks, shape, F, EDGE, BLOCK_M, BLOCK_N, False
         )
@@ -54,23 +60,45 @@ def _walk_keys(
         output = output * decay[:, None]
         output = tl.dot(probability.to(values.dtype), values, output, input_precision=F.precision)
         maximum = new_maximum
-    return output, total, maximum
+        if F.ahead:
+            product = started
+    return output, total, maximum, product
 
 
-@triton.jit(do_not_specialize=("shape",))
+@triton.jit
+def _products(
+    queries, query_rows, key, b, h, first_column, shape, F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """<q_i, k_j> of a tile (BM, BN)."""
+    key_rows = Rows(key, b, h // shape.group, first_column, shape.columns)
+    keys = load_rows(key_rows, DIM, BLOCK_N, BLOCK_D)  # [BN, BD]
+    return product_tile(queries, query_rows, keys, key_rows, F, DIM, BLOCK_M, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=("shape", "packed"))
 def attention_forward(
-    query, key, value, sinks, out, logsumexp, scale, masks, dropout, shape,
+    query, key, value, sinks, out, logsumexp, scale, masks, dropout, shape, packed,
     F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """query (B, H, L, D), key and value (B, H / group, S, D) -> out (B, H, L, D), logsumexp (2, B, H, L) float32."""
+    """query (B, H, L, D), key and value (B, H / group, S, D) -> out (B, H, L, D), logsumexp (2, B, H, L) float32.
+
+    With ``packed`` the tensors hold its sequences one behind another, B = 1.
+    """
     tiles = tl.cdiv(shape.rows, BLOCK_M)
     program = tl.program_id(0)
     # The last rows see the most keys under a causal mask: start them first, so that none of them ends alone.
     first_row = (tiles - 1 - program % tiles) * BLOCK_M
     batch_head = program // tiles
     batch = batch_head // shape.heads
-    b = batch.to(tl.int64)
     h = (batch_head % shape.heads).to(tl.int64)
+    b, shape, first_query, first_key = sequence(batch, shape, packed)
+    if packed is not None:
+        if first_row >= shape.rows:
+            return
+        query, out = from_row(query, first_query), from_row(out, first_query)
+        key, value = from_row(key, first_key), from_row(value, first_key)
+        logsumexp += first_query
 
     query_rows = Rows(query, b, h, first_row, shape.rows)
     queries = load_rows(query_rows, DIM, BLOCK_M, BLOCK_D)
@@ -86,14 +114,17 @@ def attention_forward(
     last_row = tl.minimum(first_row + BLOCK_M, shape.rows) - 1
     begin, end = key_range(batch, first_row, last_row, masks, shape, F, BLOCK_M, BLOCK_N)
     edge = begin
+    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if F.ahead:
+        product = _products(queries, query_rows, key, b, h, begin, shape, F, DIM, BLOCK_D, BLOCK_M, BLOCK_N)
     if F.split:
         edge = last_full_key(begin, end, first_row, shape, F, BLOCK_N)
-        output, total, maximum = _walk_keys(
-            output, total, maximum, queries, query_rows, begin, edge, b, h, first_row, key, value, scale,
+        output, total, maximum, product = _walk_keys(
+            output, total, maximum, product, queries, query_rows, begin, edge, b, h, first_row, key, value, scale,
             masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    output, total, maximum = _walk_keys(
-        output, total, maximum, queries, query_rows, edge, end, b, h, first_row, key, value, scale,
+    output, total, maximum, product = _walk_keys(
+        output, total, maximum, product, queries, query_rows, edge, end, b, h, first_row, key, value, scale,
         masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -104,7 +135,7 @@ def attention_forward(
     logarithm = tl.log2(safe_total) * LN2
     high = maximum + logarithm if F.natural else maximum * LN2 + logarithm
     row = first_row + tl.arange(0, BLOCK_M)
-    address = logsumexp + batch_head.to(tl.int64) * shape.rows + row
+    address = logsumexp + number_of_row(b, h, row, shape, packed)
     tl.store(address, tl.where(empty, float("-inf"), high), mask=row < shape.rows)
     rest = tl.where(empty, 0.0, maximum - high + logarithm) if F.natural else tl.zeros([BLOCK_M], tl.float32)
-    tl.store(address + tl.cast(shape.batches, tl.int64) * shape.heads * shape.rows, rest, mask=row < shape.rows)
+    tl.store(address + rest_of_logsumexp(shape, packed), rest, mask=row < shape.rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,23 +60,30 @@ def why_not_verified(device_type: str) -> str:
     return 'not verified on this device with this Triton; force it with fastattn.backend("triton")'
 
 
-class _Problem:
+class Problem:
     """The arguments shared by all kernels."""
 
     def __init__(
         self, query: Tensor, key: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None,
         alibi_slopes: Tensor | None, segment_query: Tensor | None, segment_key: Tensor | None, seed: Tensor | None,
         dropout_p: float, scale: float, softcap: float, shift: int, lower: int | None, upper: int | None,
+        packed: arguments.Packed | None = None, sequences: tuple[int, int, int] = (0, 0, 0),
     ) -> None:  # fmt: skip
+        """``sequences``: of packed ones, how many, and the longest's queries and keys."""
         self.batch, self.heads, self.rows, self.head_dim = query.shape
         self.key_heads, self.columns = key.shape[1], key.shape[2]
+        self.packed = packed
+        if packed is not None:
+            self.batch, self.rows, self.columns = sequences
         self.empty = 0 in (self.batch, self.heads, self.rows, self.columns)
         if self.empty:
             return
         self.dtype, self.device, self.dropout = query.dtype, query.device, dropout_p > 0.0
         masked = attn_mask is not None or key_padding_mask is not None or segment_query is not None
         bent = softcap > 0.0 or alibi_slopes is not None
-        self.heavy = masked or bent or self.dropout or lower is not None
+        # A sequence's own lengths and addresses take registers that the plain tiles have none left of above 128.
+        tight = packed is not None and config.block_d(self.head_dim) > 128
+        self.heavy = masked or bent or self.dropout or lower is not None or tight
         natural = any(mask is not None and mask.dtype != torch.bool for mask in (attn_mask, key_padding_mask))
         self.scale = scale
         unit = 1.0 if natural else _LOG2E
@@ -109,15 +117,17 @@ class _Problem:
         )
 
     def _within_reach(self, bound: int | None) -> int:
-        """A bound of key - query, in (-rows, columns), no farther than that: its sums with positions fit 32 bits."""
-        return 0 if bound is None else min(max(bound, -self.rows), self.columns)
+        """A bound of key - query no farther than both lengths together: its sums with positions fit 32 bits."""
+        reach = self.rows + self.columns
+        return 0 if bound is None else min(max(bound, -reach), reach)
 
     def launch(self, name: str, kernel: Any, programs: Callable[[config.Tile], int], **arguments: Any) -> None:
         """Run one kernel with the tile chosen for it; ``programs`` gives the size of the grid."""
         tile = config.tile(name, self.dtype, self.head_dim, heavy=self.heavy, arch=architecture(self.device))
+        features = replace(self.features, ahead=True) if tile.ahead else self.features
         with on(self.device):
             kernel[(programs(tile),)](
-                masks=self.masks, shape=self.shape, F=self.features, DIM=self.head_dim,
+                masks=self.masks, shape=self.shape, F=features, DIM=self.head_dim,
                 BLOCK_D=config.block_d(self.head_dim), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
                 num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **arguments,
             )  # fmt: skip
@@ -125,8 +135,16 @@ class _Problem:
 
 def attention(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *problem: Any) -> tuple[Tensor, Tensor]:
     """See ``op``."""
+    return forward_pass(query, key, value, sinks, Problem(query, key, *problem))
+
+
+def forward_pass(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, shared: Problem
+) -> tuple[Tensor, Tensor]:
     out, logsumexp = shapes.empty_output(query, value), shapes.empty_logsumexp(query)
-    shared = _Problem(query, key, *problem)
+    if shared.packed is not None:  # boundaries may leave rows to nobody
+        out.zero_()
+        logsumexp.fill_(float("-inf"))
     if shared.empty:
         logsumexp[0] = float("-inf") if sinks is None else sinks.float()[:, None]
         logsumexp[1] = 0.0
@@ -136,7 +154,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *
         forward.attention_forward,
         lambda tile: triton.cdiv(shared.rows, tile.block_m) * shared.batch * shared.heads,
         query=_heads(query), key=_heads(key), value=_heads(value), sinks=sinks, out=_heads(out), logsumexp=logsumexp,
-        scale=shared.score_scale, dropout=shared.dropout_arguments,
+        scale=shared.score_scale, dropout=shared.dropout_arguments, packed=shared.packed,
     )  # fmt: skip
     return out, logsumexp
 
@@ -145,7 +163,7 @@ def attention_weights(query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any)
     """See ``op``."""
     *problem, average = rest
     result = shapes.empty_weights(query, key, average)
-    shared = _Problem(query, key, *problem)
+    shared = Problem(query, key, *problem)
     if shared.empty:
         return result.zero_()
     averaged = shared.heads if average else 1
@@ -180,28 +198,42 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """See ``op``."""
     *problem, attn_mask_grad, padding_grad = rest
-    shared = _Problem(query, key, *problem)
-    dquery, dkey, dvalue = (shapes.empty_like_heads_last(tensor) for tensor in (query, key, value))
     masks = shapes.empty_mask_grads(problem[:2], (attn_mask_grad, padding_grad))
+    shared = Problem(query, key, *problem)
+    return *backward_pass(grad_out, grad_logsumexp, query, key, value, out, logsumexp, shared, masks), masks
+
+
+def backward_pass(
+    grad_out: Tensor | None, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+    logsumexp: Tensor, shared: Problem, masks: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dquery, dkey, dvalue; those of ``masks`` are written there."""
+    dquery, dkey, dvalue = (shapes.empty_like_heads_last(tensor) for tensor in (query, key, value))
+    if shared.empty or shared.packed is not None:
+        for grad in (dquery, dkey, dvalue, *masks):
+            grad.zero_()
     if shared.empty:
-        return dquery.zero_(), dkey.zero_(), dvalue.zero_(), [mask.zero_() for mask in masks]
+        return dquery, dkey, dvalue
     dout = _heads(torch.zeros_like(out) if grad_out is None else grad_out.to(out.dtype))
     delta = query.new_empty(query.shape[:3], dtype=torch.float32)
-    tile = config.tile("delta", shared.dtype, shared.head_dim)
     dlogsumexp = arguments.Heads(None, 0, 0, 0)
     if grad_logsumexp is not None:
         dlogsumexp = arguments.Heads(grad_logsumexp, *grad_logsumexp.stride()[1:])
+    tile = config.tile("delta", shared.dtype, shared.head_dim)
+    batch, heads, rows = delta.shape
+    # Of all rows alike: of packed sequences as if they were one.
+    shape = shared.shape._replace(batches=batch, rows=rows)
     with on(shared.device):
-        backward.attention_delta[(triton.cdiv(shared.rows, tile.block_m) * shared.batch * shared.heads,)](
-            _heads(out), dout, dlogsumexp, delta, shared.shape, DIM=shared.head_dim,
-            BLOCK_D=config.block_d(shared.head_dim), BLOCK_M=tile.block_m, num_warps=tile.warps,
+        backward.attention_delta[(triton.cdiv(rows, tile.block_m) * batch * heads,)](
+            _heads(out), dout, dlogsumexp, delta, shape, DIM=shared.head_dim, BLOCK_D=config.block_d(shared.head_dim),
+            BLOCK_M=tile.block_m, num_warps=tile.warps,
         )  # fmt: skip
     common = {
         "query": _heads(query), "key": _heads(key), "value": _heads(value), "dout": dout, "dweights": _weights(None),
         "logsumexp": logsumexp.contiguous(), "delta": delta, "dropout": shared.dropout_arguments,
     }  # fmt: skip
     _launch_gradients(shared, common, dquery, None, dkey, dvalue, masks)
-    return dquery, dkey, dvalue, masks
+    return dquery, dkey, dvalue
 
 
 def attention_weights_backward(
@@ -209,7 +241,7 @@ def attention_weights_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """See ``op``."""
     *problem, average, attn_mask_grad, padding_grad = rest
-    shared = _Problem(query, key, *problem)
+    shared = Problem(query, key, *problem)
     dquery, dkey = shapes.empty_like_heads_last(query), shapes.empty_like_heads_last(key)
     dlogsumexp = shapes.empty_logsumexp(query)
     dlogsumexp[1] = 0.0
@@ -229,7 +261,7 @@ def attention_weights_backward(
 
 
 def _launch_gradients(
-    shared: _Problem, common: dict[str, Any], dquery: Tensor, dlogsumexp: Tensor | None, dkey: Tensor,
+    shared: Problem, common: dict[str, Any], dquery: Tensor, dlogsumexp: Tensor | None, dkey: Tensor,
     dvalue: Tensor | None, masks: list[Tensor],
 ) -> None:  # fmt: skip
     shared.launch(
@@ -237,18 +269,20 @@ def _launch_gradients(
         backward.attention_dquery,
         lambda tile: triton.cdiv(shared.rows, tile.block_m) * shared.batch * shared.heads,
         **common, dquery=_heads(dquery), dlogsumexp=dlogsumexp, scale=shared.scale, score_scale=shared.score_scale,
+        packed=shared.packed,
     )  # fmt: skip
     shared.launch(
         "dkey_dvalue",
         backward.attention_dkey_dvalue,
         lambda tile: triton.cdiv(shared.columns, tile.block_n) * shared.batch * shared.key_heads,
         **common, dkey=_heads(dkey), dvalue=_heads(dvalue), scale=shared.scale, score_scale=shared.score_scale,
+        packed=shared.packed,
     )  # fmt: skip
     for grad in masks:
         _launch_mask_gradient(shared, common, grad if grad.dim() == 4 else grad[:, None, None, :])
 
 
-def _launch_mask_gradient(shared: _Problem, common: dict[str, Any], grad: Tensor) -> None:
+def _launch_mask_gradient(shared: Problem, common: dict[str, Any], grad: Tensor) -> None:
     batches, heads, rows, columns = grad.shape
 
     def programs(tile: config.Tile) -> int:

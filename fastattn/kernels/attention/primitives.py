@@ -10,6 +10,8 @@ elements, and 32-bit offsets cost half the registers. ``launch`` copies a tensor
 import triton
 import triton.language as tl
 
+from fastattn.kernels.attention.packing import number_of_row, rest_of_logsumexp
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -32,19 +34,18 @@ def hyperbolic_tangent(x):
 
 
 @triton.jit
-def load_pivot(logsumexp, b, h, first_row, shape, F: tl.constexpr, BLOCK_M: tl.constexpr):
+def load_pivot(logsumexp, b, h, first_row, shape, F: tl.constexpr, BLOCK_M: tl.constexpr, packed=None):
     """(pivot, rest) of rows [first_row, first_row + BLOCK_M), to subtract from scores before exponential().
 
     logsumexp (2, B, H, L) holds the float32 number and the rest it lost, which matters only where a mask adds large
     numbers. Rows without a key (-inf) and rows past the end get pivot +inf: exp(score - inf) = 0, never NaN.
     """
     row = first_row + tl.arange(0, BLOCK_M)
-    address = logsumexp + (b * shape.heads + h) * shape.rows + row
+    address = logsumexp + number_of_row(b, h, row, shape, packed)
     high = tl.load(address, mask=row < shape.rows, other=float("-inf"))
     rest = tl.zeros([BLOCK_M], tl.float32)
     if F.natural:
-        second = tl.cast(shape.batches, tl.int64) * shape.heads * shape.rows
-        rest = tl.load(address + second, mask=row < shape.rows, other=0.0)
+        rest = tl.load(address + rest_of_logsumexp(shape, packed), mask=row < shape.rows, other=0.0)
         pivot = high
     else:
         pivot = high * LOG2E
