@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastattn.modules.attention import MultiheadAttention
+from fastattn.modules.encoder import TransformerEncoder
 from fastattn.modules.lstm import LSTM
 from fastattn.modules.lstm_cell import LSTMCell
 
@@ -29,7 +30,7 @@ _TRANSFORMERS = "transformers.modeling_utils"
 
 # What a patched module remembers, in its __dict__, so that copies and pickles of it can be unpatched too.
 _ORIGINAL_CLASS = "_fastattn_original_class"
-_NESTED = "_fastattn_use_nested_tensor"
+_NESTED = "_fastattn_nested_encoder_class"
 
 # A subclass may redefine these methods of torch's class and still compute what torch's class computes.
 _HARMLESS = frozenset({"_reset_parameters", "reset_parameters", "flatten_parameters", "extra_repr"})
@@ -71,6 +72,9 @@ def patch(model: nn.Module, need_weights: bool | None = None) -> PatchReport:
 
     A patched nn.LSTM is a fastattn.LSTM, an nn.RNNBase but no nn.LSTM any more: TorchDynamo refuses that class. A
     subclass of nn.LSTM keeps its class, and with it the refusal.
+
+    An nn.TransformerEncoder that leaves padding out in inference, by nested tensors, goes on doing so around patched
+    layers on the CPU: see ``fastattn.modules.encoder``. What it gives at padding is 0 then, as before.
 
     Args:
         model: any module: nested, with shared modules, on any device, wrapped, or an attention module itself.
@@ -125,7 +129,8 @@ def unpatch(model: nn.Module) -> list[str]:
             _set_class(module, original)
             restored.append(name)
         if _NESTED in module.__dict__:
-            module.use_nested_tensor = module.__dict__.pop(_NESTED)
+            module.__class__ = module.__dict__.pop(_NESTED)
+            module.use_nested_tensor = True
     if _TRANSFORMERS in sys.modules:
         from fastattn.integrations import huggingface
 
@@ -213,10 +218,10 @@ def _rebuild(cls: type[Any]) -> Any:
 
 
 def _keep_padded(model: nn.Module) -> None:
-    """Stop nn.TransformerEncoder from making nested tensors for our modules.
+    """Stop nn.TransformerEncoder from making nested tensors for our modules, and give it ours in their place.
 
-    Its choice is made at construction. It hands the layers a layout of torch's own kernels, and gives back an output
-    cut to the longest sequence (pytorch#97111).
+    Its choice is made at construction. It hands the layers a layout of torch's own kernels; with our modules it goes
+    round them, and an output may be cut to the longest sequence (pytorch#97111).
     """
     for encoder in model.modules():
         if (
@@ -224,5 +229,7 @@ def _keep_padded(model: nn.Module) -> None:
             and getattr(encoder, "use_nested_tensor", False)
             and any(_ORIGINAL_CLASS in module.__dict__ for module in encoder.modules())
         ):
-            encoder.__dict__[_NESTED] = True
+            encoder.__dict__[_NESTED] = type(encoder)
             encoder.use_nested_tensor = False
+            if type(encoder) is _TorchTransformerEncoder:
+                encoder.__class__ = TransformerEncoder

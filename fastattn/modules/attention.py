@@ -136,6 +136,14 @@ class MultiheadAttention(TorchMultiheadAttention):
             return nested.nest(out, query), None if weights is None else nested.drop_padding(weights, query)
         return out, weights
 
+    def attend_within(self, x: Tensor, segment_ids: Tensor) -> Tensor:
+        """Self-attention of x (1, L, E) in which a token sees those of its own of ``segment_ids`` (1, L), no other.
+
+        For evaluation: nothing is dropped.
+        """
+        query, key, value = self._project(x, x, x, True)
+        return self._merge(scaled_dot_product_attention(query, key, value, segment_ids=segment_ids), True)
+
     def explain(
         self,
         query: Tensor,
