@@ -243,6 +243,13 @@ def test_dropout_works_in_training_alone() -> None:
     assert not torch.equal(model(source, source), model(source, source))
 
 
+@pytest.mark.parametrize(("changes", "wanted"), [({}, 0.5), ({"attention_dropout": 0.0}, 0.0)])
+def test_dropout_of_the_weights(changes: dict[str, float], wanted: float) -> None:
+    layer = small(dropout=0.5, **changes).decoder[0]
+    assert layer.self_attn.dropout == layer.cross_attn.dropout == wanted
+    assert layer.dropout.p == 0.5
+
+
 def test_attention_maps_of_an_encoder_decoder() -> None:
     model, source = small(), tokens(2, 5)
     with attention_maps(model) as maps:

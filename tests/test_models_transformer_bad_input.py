@@ -100,6 +100,7 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("activation", lambda: small(activation="tanh"), ValueError, "activation: got 'tanh', allowed are 'relu', 'gelu'"),
     ("positions", lambda: small(positions="rotary"), ValueError, "positions: got 'rotary', allowed are 'sinusoidal'"),
     ("dropout", lambda: small(dropout=1.0), ValueError, "dropout: got 1.0"),
+    ("attention_dropout", lambda: small(attention_dropout=-0.1), ValueError, "attention_dropout: got -0.1"),
     ("norm_eps", lambda: small(norm_eps=0.0), ValueError, "norm_eps: got 0.0"),
     ("labels", lambda: small(num_labels=2), ValueError, "num_labels: got 2, expected 0 with a decoder"),
     ("start", lambda: small(start_token=13), ValueError, "start_token: got 13, allowed are 0 to 12"),

@@ -101,7 +101,8 @@ def generate(
 
     Args:
         model: a Transformer with a decoder, a Seq2Seq, or anything else that is a ``Generator``. An nn.Module is put
-            in eval mode meanwhile.
+            in eval mode meanwhile. Its ``start`` and ``step`` are called, not its ``forward``, be that compiled or not:
+            ``model.step = torch.compile(model.step, dynamic=True)`` compiles decoding.
         source: (B, S), int64 or int32; or features (B, S, F), of a model that takes such.
         lengths: (B,), int64 or int32, of sequences padded on the right; None is S each.
         key_padding_mask: (B, S), boolean, True at real tokens, instead of ``lengths``: for padding on the left, on the

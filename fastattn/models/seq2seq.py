@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fastattn.models import checkpoint
+from fastattn.models import checkpoint, static_packing
 from fastattn.models.checks import check_tokens
 from fastattn.models.seq2seq_checks import check_features, check_probability, known_lengths
 from fastattn.models.seq2seq_config import Seq2SeqConfig
@@ -41,6 +41,10 @@ class Seq2Seq(nn.Module):
     Where nothing is fed back (no input feeding, teacher forcing of 1) the decoder's LSTM runs over all steps in one
     call, and attention over all its states in another. ``start``, ``step`` and ``reorder`` serve
     ``fastattn.models.generation.generate``.
+
+    Under torch.compile and torch.export one graph serves all batches and lengths. Steps that wait for each other are
+    unrolled in it: with input feeding, coverage or a teacher forcing below 1 it serves one length of the target. What
+    tokens and lengths hold is not checked there.
 
     Args:
         config: sizes and options.
@@ -151,7 +155,7 @@ class Seq2Seq(nn.Module):
         if target.shape[1] < 2:
             raise ValueError(f"target: got shape {tuple(target.shape)}, expected at least 2 tokens, a start and an end")
         known = known_lengths("target_lengths", target_lengths, target)
-        if known is not None and known.min() < 2:
+        if known is not None and not torch.compiler.is_compiling() and known.min() < 2:
             raise ValueError(f"target_lengths: got {int(known.min())}, allowed are 2 to {target.shape[1]}")
         steps = self._steps(source, target[:, :-1], lengths, teacher_forcing, False)
         logits = self.decoder.output(steps.readout)
@@ -260,6 +264,9 @@ class Seq2Seq(nn.Module):
         if known is None:
             encoded, last = self.encoder(inputs)
             return self.decoder.start(self._bridge(last), encoded, None)
+        if torch.compiler.is_compiling():
+            encoded, last = static_packing.run(self.encoder, inputs, known)
+            return self.decoder.start(self._bridge(last), encoded, _mask(known, source))
         packed, last = self.encoder(pack_padded_sequence(inputs, known, batch_first=True, enforce_sorted=False))
         encoded, _ = pad_packed_sequence(packed, batch_first=True, total_length=source.shape[1])
         return self.decoder.start(self._bridge(last), encoded, _mask(known, source))

@@ -32,12 +32,16 @@ def check_features(name: str, features: Any, size: int, dtype: torch.dtype) -> N
 def known_lengths(name: str, lengths: Tensor | None, sequences: Tensor) -> Tensor | None:
     """Lengths (B,) of sequences (B, T, ...) on the CPU, where torch packs by them; None where all sequences are full.
 
+    A compiler reads no tensor: there they are the lengths given.
+
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
     """
     if lengths is None:
         return None
     check_lengths(name, lengths, sequences)
+    if torch.compiler.is_compiling():
+        return lengths if sequences.shape[0] > 0 else None
     read = lengths.cpu()
     return None if bool((read == sequences.shape[1]).all()) else read
 

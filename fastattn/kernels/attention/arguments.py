@@ -38,7 +38,8 @@ class Weights(NamedTuple):
 
 class Shape(NamedTuple):
     """Batches, query heads, query heads of one key head, queries L and keys S; entry (row, column) may take part where
-    lower <= column - row <= upper; query 0 stands at position ``shift`` among the keys.
+    lower <= column - row <= upper; query 0 stands at position ``shift`` among the keys. ``pitch`` is the number of
+    queries from one head to the next where there is one number for each, as in the logsumexp: L, but in packed tensors.
 
     The kernels are not specialised on these numbers: other lengths and windows compile nothing.
     """
@@ -51,6 +52,7 @@ class Shape(NamedTuple):
     lower: Any
     upper: Any
     shift: Any
+    pitch: Any
 
 
 class Masks(NamedTuple):
@@ -86,8 +88,8 @@ class Packed(NamedTuple):
     """Sequences behind one another in tensors of one batch, (1, H, tokens, D).
 
     Sequence n has queries ``query``[n] to ``query``[n + 1] - 1 and keys ``key``[n] to ``key``[n + 1] - 1, of which the
-    first ``used``[n] take part; ``used`` is None where all do. ``rows`` and ``columns`` are the tokens of all
-    sequences, those of ``Shape`` are the longest sequence's.
+    first ``used``[n] take part; ``used`` is None where all do, and so are both others where nothing is packed. ``rows``
+    and ``columns`` are the tokens of all sequences, those of ``Shape`` are the longest sequence's.
     """
 
     query: Any

@@ -50,7 +50,7 @@ def attention_delta(
     if dlogsumexp.pointer is not None:
         address = dlogsumexp.pointer + b * dlogsumexp.batch + h * dlogsumexp.head
         result -= tl.load(address + row.to(tl.int64) * dlogsumexp.row, mask=inside, other=0.0).to(tl.float32)
-    tl.store(delta + number_of_row(b, h, row, shape, None), result, mask=inside)
+    tl.store(delta + number_of_row(b, h, row, shape), result, mask=inside)
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def attention_dquery(
     batch = batch_head // shape.heads
     h = (batch_head % shape.heads).to(tl.int64)
     b, shape, first_query, first_key = sequence(batch, shape, packed)
-    if packed is not None:
+    if packed.query is not None:
         if first_row >= shape.rows:
             return
         query, dquery = from_row(query, first_query), from_row(dquery, first_query)
@@ -105,7 +105,7 @@ def attention_dquery(
         key, value = from_row(key, first_key), from_row(value, first_key)
     row = first_row + tl.arange(0, BLOCK_M)
     inside = row < shape.rows
-    place = number_of_row(b, h, row, shape, packed)
+    place = number_of_row(b, h, row, shape)
 
     query_rows = Rows(query, b, h, first_row, shape.rows)
     queries = load_rows(query_rows, DIM, BLOCK_M, BLOCK_D)
@@ -115,7 +115,7 @@ def attention_dquery(
     if dout.pointer is not None:
         douts = load_rows(dout_rows, DIM, BLOCK_M, BLOCK_D)
         deltas = tl.load(delta + place, mask=inside, other=0.0)
-    pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M, packed)
+    pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
     dqueries = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
 
@@ -141,11 +141,11 @@ def attention_dquery(
 @triton.jit
 def _walk_queries(
     dkeys, dvalues, keys, key_rows, values, value_rows, begin, end, b, h, first_column, query, dout, logsumexp, delta,
-    dweights, scale, masks, dropout, shape, packed, F: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr,
+    dweights, scale, masks, dropout, shape, F: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the queries [begin, end) of one head to (dkeys, dvalues)."""
-    first_place = number_of_row(b, h, 0, shape, packed)
+    first_place = number_of_row(b, h, 0, shape)
     for first_row in tl.range(begin, end, BLOCK_M):
         row = first_row + tl.arange(0, BLOCK_M)
         inside = row < shape.rows
@@ -160,7 +160,7 @@ def _walk_queries(
             douts = load_rows(dout_rows, DIM, BLOCK_M, BLOCK_D)
             dproduct = product_tile(values, value_rows, douts, dout_rows, F, DIM, BLOCK_N, BLOCK_M)
             deltas = tl.load(delta + first_place + row, mask=inside, other=0.0)
-        pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M, packed)
+        pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
         score, slope = score_tile(
             product, b, h, first_row, first_column, scale, masks, shape, F, EDGE, BLOCK_M, BLOCK_N, True
         )
@@ -190,7 +190,7 @@ def attention_dkey_dvalue(
     key_head = program // tiles % key_heads
     kh = key_head.to(tl.int64)
     b, shape, first_query, first_key = sequence(batch, shape, packed)
-    if packed is not None:
+    if packed.query is not None:
         if first_column >= shape.columns:
             return
         query, dout = from_row(query, first_query), from_row(dout, first_query)
@@ -218,14 +218,14 @@ def attention_dkey_dvalue(
         if F.split:
             dkeys, dvalues = _walk_queries(
                 dkeys, dvalues, keys, key_rows, values, value_rows, whole, end, b, h, first_column, query, dout,
-                logsumexp, delta, dweights, score_scale, masks, dropout, shape, packed, F, False, DIM, BLOCK_D,
-                BLOCK_M, BLOCK_N,
+                logsumexp, delta, dweights, score_scale, masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M,
+                BLOCK_N,
             )  # fmt: skip
         if F.has_lower or F.has_upper or not F.split:
             dkeys, dvalues = _walk_queries(
                 dkeys, dvalues, keys, key_rows, values, value_rows, begin, whole, b, h, first_column, query, dout,
-                logsumexp, delta, dweights, score_scale, masks, dropout, shape, packed, F, True, DIM, BLOCK_D,
-                BLOCK_M, BLOCK_N,
+                logsumexp, delta, dweights, score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M,
+                BLOCK_N,
             )  # fmt: skip
 
     store_rows(Rows(dkey, b, kh, first_column, shape.columns), dkeys * scale, DIM, BLOCK_N, BLOCK_D)

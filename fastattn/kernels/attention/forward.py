@@ -93,7 +93,7 @@ def attention_forward(
     batch = batch_head // shape.heads
     h = (batch_head % shape.heads).to(tl.int64)
     b, shape, first_query, first_key = sequence(batch, shape, packed)
-    if packed is not None:
+    if packed.query is not None:
         if first_row >= shape.rows:
             return
         query, out = from_row(query, first_query), from_row(out, first_query)
@@ -135,7 +135,7 @@ def attention_forward(
     logarithm = tl.log2(safe_total) * LN2
     high = maximum + logarithm if F.natural else maximum * LN2 + logarithm
     row = first_row + tl.arange(0, BLOCK_M)
-    address = logsumexp + number_of_row(b, h, row, shape, packed)
+    address = logsumexp + number_of_row(b, h, row, shape)
     tl.store(address, tl.where(empty, float("-inf"), high), mask=row < shape.rows)
     rest = tl.where(empty, 0.0, maximum - high + logarithm) if F.natural else tl.zeros([BLOCK_M], tl.float32)
-    tl.store(address + rest_of_logsumexp(shape, packed), rest, mask=row < shape.rows)
+    tl.store(address + rest_of_logsumexp(shape), rest, mask=row < shape.rows)

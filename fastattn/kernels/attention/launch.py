@@ -60,6 +60,9 @@ def why_not_verified(device_type: str) -> str:
     return 'not verified on this device with this Triton; force it with fastattn.backend("triton")'
 
 
+NOT_PACKED = arguments.Packed(None, None, None, 0, 0)
+
+
 class Problem:
     """The arguments shared by all kernels."""
 
@@ -67,13 +70,13 @@ class Problem:
         self, query: Tensor, key: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None,
         alibi_slopes: Tensor | None, segment_query: Tensor | None, segment_key: Tensor | None, seed: Tensor | None,
         dropout_p: float, scale: float, softcap: float, shift: int, lower: int | None, upper: int | None,
-        packed: arguments.Packed | None = None, sequences: tuple[int, int, int] = (0, 0, 0),
+        packed: arguments.Packed = NOT_PACKED, sequences: tuple[int, int, int] = (0, 0, 0),
     ) -> None:  # fmt: skip
         """``sequences``: of packed ones, how many, and the longest's queries and keys."""
         self.batch, self.heads, self.rows, self.head_dim = query.shape
         self.key_heads, self.columns = key.shape[1], key.shape[2]
-        self.packed = packed
-        if packed is not None:
+        self.packed, pitch = packed, self.rows
+        if packed is not NOT_PACKED:
             self.batch, self.rows, self.columns = sequences
         self.empty = 0 in (self.batch, self.heads, self.rows, self.columns)
         if self.empty:
@@ -82,7 +85,7 @@ class Problem:
         masked = attn_mask is not None or key_padding_mask is not None or segment_query is not None
         bent = softcap > 0.0 or alibi_slopes is not None
         # A sequence's own lengths and addresses take registers that the plain tiles have none left of above 128.
-        tight = packed is not None and config.block_d(self.head_dim) > 128
+        tight = packed is not NOT_PACKED and config.block_d(self.head_dim) > 128
         self.heavy = masked or bent or self.dropout or lower is not None or tight
         natural = any(mask is not None and mask.dtype != torch.bool for mask in (attn_mask, key_padding_mask))
         self.scale = scale
@@ -95,7 +98,7 @@ class Problem:
         )
         self.shape = arguments.Shape(
             self.batch, self.heads, self.heads // self.key_heads, self.rows, self.columns,
-            self._within_reach(lower), self._within_reach(upper), shift,
+            self._within_reach(lower), self._within_reach(upper), shift, pitch,
         )  # fmt: skip
         slopes = (None, 0) if alibi_slopes is None else (alibi_slopes, _batch_stride(alibi_slopes))
         self.masks = arguments.Masks._make(
@@ -142,7 +145,7 @@ def forward_pass(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, shared: Problem
 ) -> tuple[Tensor, Tensor]:
     out, logsumexp = shapes.empty_output(query, value), shapes.empty_logsumexp(query)
-    if shared.packed is not None:  # boundaries may leave rows to nobody
+    if shared.packed is not NOT_PACKED:  # boundaries may leave rows to nobody
         out.zero_()
         logsumexp.fill_(float("-inf"))
     if shared.empty:
@@ -209,7 +212,7 @@ def backward_pass(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dquery, dkey, dvalue; those of ``masks`` are written there."""
     dquery, dkey, dvalue = (shapes.empty_like_heads_last(tensor) for tensor in (query, key, value))
-    if shared.empty or shared.packed is not None:
+    if shared.empty or shared.packed is not NOT_PACKED:
         for grad in (dquery, dkey, dvalue, *masks):
             grad.zero_()
     if shared.empty:
@@ -222,7 +225,7 @@ def backward_pass(
     tile = config.tile("delta", shared.dtype, shared.head_dim)
     batch, heads, rows = delta.shape
     # Of all rows alike: of packed sequences as if they were one.
-    shape = shared.shape._replace(batches=batch, rows=rows)
+    shape = shared.shape._replace(batches=batch, rows=rows, pitch=rows)
     with on(shared.device):
         backward.attention_delta[(triton.cdiv(rows, tile.block_m) * batch * heads,)](
             _heads(out), dout, dlogsumexp, delta, shape, DIM=shared.head_dim, BLOCK_D=config.block_d(shared.head_dim),

@@ -10,13 +10,13 @@ from fastattn.kernels.attention.arguments import Heads, Shape
 def sequence(batch, shape, packed):
     """(b, shape, first query, first key) of sequence ``batch``: its index in the tensors, its own lengths and band.
 
-    Without ``packed`` the sequences are the batches, and all alike. Boundaries that lie outside the tensors or descend
-    are cut: no address they lead to is outside.
+    Where nothing is packed the sequences are the batches, and all alike. Boundaries that lie outside the tensors or
+    descend are cut: no address they lead to is outside.
     """
     b = batch.to(tl.int64)
     first_query = 0
     first_key = 0
-    if packed is not None:
+    if packed.query is not None:
         b = tl.zeros([], tl.int64)
         first_query, rows = _stretch(packed.query, batch, packed.rows, shape.rows)
         first_key, columns = _stretch(packed.key, batch, packed.columns, shape.columns)
@@ -25,8 +25,9 @@ def sequence(batch, shape, packed):
         # The last query stands at the last key.
         shift = columns - rows
         shape = Shape(
-            1, shape.heads, shape.group, rows, columns, shape.lower + shift, shape.upper + shift, shape.shift + shift
-        )
+            1, shape.heads, shape.group, rows, columns, shape.lower + shift, shape.upper + shift, shape.shift + shift,
+            shape.pitch,
+        )  # fmt: skip
     return b, shape, first_query, first_key
 
 
@@ -45,18 +46,12 @@ def from_row(tensor, first):
 
 
 @triton.jit
-def number_of_row(b, h, row, shape, packed):
+def number_of_row(b, h, row, shape):
     """Where a tensor (B, H, L), or (1, H, tokens) of packed sequences, keeps the number of ``row``."""
-    pitch = shape.rows
-    if packed is not None:
-        pitch = packed.rows
-    return (b * shape.heads + h) * pitch + row
+    return (b * shape.heads + h) * shape.pitch + row
 
 
 @triton.jit
-def rest_of_logsumexp(shape, packed):
+def rest_of_logsumexp(shape):
     """How far its second number lies behind its first."""
-    pitch = shape.rows
-    if packed is not None:
-        pitch = packed.rows
-    return tl.cast(shape.batches, tl.int64) * shape.heads * pitch
+    return tl.cast(shape.batches, tl.int64) * shape.heads * shape.pitch

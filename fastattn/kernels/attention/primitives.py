@@ -34,18 +34,18 @@ def hyperbolic_tangent(x):
 
 
 @triton.jit
-def load_pivot(logsumexp, b, h, first_row, shape, F: tl.constexpr, BLOCK_M: tl.constexpr, packed=None):
+def load_pivot(logsumexp, b, h, first_row, shape, F: tl.constexpr, BLOCK_M: tl.constexpr):
     """(pivot, rest) of rows [first_row, first_row + BLOCK_M), to subtract from scores before exponential().
 
     logsumexp (2, B, H, L) holds the float32 number and the rest it lost, which matters only where a mask adds large
     numbers. Rows without a key (-inf) and rows past the end get pivot +inf: exp(score - inf) = 0, never NaN.
     """
     row = first_row + tl.arange(0, BLOCK_M)
-    address = logsumexp + number_of_row(b, h, row, shape, packed)
+    address = logsumexp + number_of_row(b, h, row, shape)
     high = tl.load(address, mask=row < shape.rows, other=float("-inf"))
     rest = tl.zeros([BLOCK_M], tl.float32)
     if F.natural:
-        rest = tl.load(address + rest_of_logsumexp(shape, packed), mask=row < shape.rows, other=0.0)
+        rest = tl.load(address + rest_of_logsumexp(shape), mask=row < shape.rows, other=0.0)
         pivot = high
     else:
         pivot = high * LOG2E
