@@ -151,6 +151,9 @@ def _walk_queries(
         inside = row < shape.rows
         query_rows = Rows(query, b, h, first_row, shape.rows)
         queries = load_rows(query_rows, DIM, BLOCK_M, BLOCK_D)  # [BM, BD]
+        # Before the products: 29 of 32 exponentials are then computed while the second one runs (sm_90, D = 64), and
+        # none where this is loaded behind them.
+        pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
         product = product_tile(keys, key_rows, queries, query_rows, F, DIM, BLOCK_N, BLOCK_M)  # [BN, BM]
         dproduct = product
         douts = queries
@@ -160,7 +163,6 @@ def _walk_queries(
             douts = load_rows(dout_rows, DIM, BLOCK_M, BLOCK_D)
             dproduct = product_tile(values, value_rows, douts, dout_rows, F, DIM, BLOCK_N, BLOCK_M)
             deltas = tl.load(delta + first_place + row, mask=inside, other=0.0)
-        pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
         score, slope = score_tile(
             product, b, h, first_row, first_column, scale, masks, shape, F, EDGE, BLOCK_M, BLOCK_N, True
         )
