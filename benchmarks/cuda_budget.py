@@ -62,14 +62,16 @@ def compile_kernels(architectures: Sequence[int] = ARCHITECTURES) -> list[Row]:
 
 
 def _row(stem: str, match: re.Match[str]) -> Row:
-    # _ZN...14forward_kernelIfLb1ELi8EEEv...: template arguments are the type, then booleans and integers.
-    found = re.search(r"\d+(?P<name>[a-z]\w*?_kernel)(?P<arguments>I(?:f|\d+\w+?)(?:L[bi]\d+E)*E)?", match["symbol"])
+    # _ZN...14forward_kernelIfLb1ELi8EEEv...: template arguments are the type, if any, then booleans and integers.
+    found = re.search(
+        r"\d+(?P<name>[a-z]\w*?_kernel)(?P<arguments>I(?P<type>f|\d+\w+?)?(?:L[bi]\d+E)*E)?", match["symbol"]
+    )
     assert found is not None, match["symbol"]
-    arguments = found["arguments"] or ""
-    dtype = "float" if arguments.startswith("If") else "bfloat16" if "bfloat16" in arguments else "half"
-    values = ", ".join(re.findall(r"L[bi](\d+)E", arguments))
+    dtypes = {"f": "float", "13__nv_bfloat16": "bfloat16", "6__half": "half"}
+    arguments = [dtypes[found["type"]]] if found["type"] else []
+    arguments += re.findall(r"L[bi](\d+)E", found["arguments"] or "")
     name = re.sub(r"^.*\d", "", found["name"])
-    detail = "" if not arguments else f"<{dtype}, {values}>" if values else f"<{dtype}>"
+    detail = f"<{', '.join(arguments)}>" if arguments else ""
     spills = int(match["stores"]) + int(match["loads"])
     return Row(f"{stem}: {name}{detail}", int(match["arch"]), int(match["registers"]), spills)
 

@@ -70,19 +70,35 @@ fastattn::LayerNormLstmArgs layer_norm_args(LayerNormFields fields) {
       [](auto&&... field) { return fastattn::LayerNormLstmArgs{std::move(field)...}; }, std::move(fields));
 }
 
+// In the order of LayerNormLstmGradients.
+using LayerNormGradients = std::tuple<Optional, Optional, Optional, Optional>;
+
+fastattn::LayerNormLstmGradients layer_norm_gradients(LayerNormGradients grads) {
+  return std::apply(
+      [](auto&&... grad) { return fastattn::LayerNormLstmGradients{std::move(grad)...}; }, std::move(grads));
+}
+
 fastattn::LayerNormLstmForward layer_norm_lstm_forward(LayerNormFields args, bool save, bool all_cells) {
   return fastattn::layer_norm_lstm_forward_cpu(layer_norm_args(std::move(args)), save, all_cells);
 }
 
 fastattn::LayerNormLstmBackward layer_norm_lstm_backward(
-    std::tuple<Optional, Optional, Optional, Optional> grads, LayerNormFields args, at::Tensor out, at::Tensor saved,
-    bool input_grad) {
-  auto [grad_out, grad_cells, grad_h_n, grad_c_n] = std::move(grads);
+    LayerNormGradients grads, LayerNormFields args, at::Tensor out, at::Tensor saved, bool input_grad) {
   return fastattn::layer_norm_lstm_backward_cpu(
-      {grad_out, grad_cells, grad_h_n, grad_c_n}, layer_norm_args(std::move(args)), out, saved, input_grad);
+      layer_norm_gradients(std::move(grads)), layer_norm_args(std::move(args)), out, saved, input_grad);
 }
 
 #ifdef FASTATTN_CUDA
+fastattn::LayerNormLstmForward layer_norm_lstm_forward_cuda(LayerNormFields args, bool save, bool all_cells) {
+  return fastattn::layer_norm_lstm_forward_cuda(layer_norm_args(std::move(args)), save, all_cells);
+}
+
+fastattn::LayerNormLstmBackward layer_norm_lstm_backward_cuda(
+    LayerNormGradients grads, LayerNormFields args, at::Tensor out, at::Tensor saved, bool input_grad) {
+  return fastattn::layer_norm_lstm_backward_cuda(
+      layer_norm_gradients(std::move(grads)), layer_norm_args(std::move(args)), out, saved, input_grad);
+}
+
 fastattn::LstmForward lstm_forward_cuda(
     at::Tensor input, Optional batch_sizes, at::Tensor h0, at::Tensor c0, Tensors weights, bool save) {
   return fastattn::lstm_forward_cuda({input, batch_sizes, h0, c0, std::move(weights)}, save);
@@ -119,6 +135,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #ifdef FASTATTN_CUDA
   m.def("lstm_forward_cuda", &lstm_forward_cuda, Plain());
   backward("lstm_backward_cuda", &lstm_backward_cuda);
+  m.def("layer_norm_lstm_forward_cuda", &layer_norm_lstm_forward_cuda, Plain());
+  m.def("layer_norm_lstm_backward_cuda", &layer_norm_lstm_backward_cuda, Plain());
   m.def("lstm_cuda_allow_persistent", &fastattn::cuda::allow_persistent);
   m.def("lstm_cuda_persistent", &fastattn::cuda::persistent);
 #endif

@@ -1,4 +1,5 @@
-// The operators of fastattn/kernels/layer_norm_lstm/op.py for the CPU; what arguments and results mean stands there.
+// The operators of fastattn/kernels/layer_norm_lstm/op.py for the CPU and for CUDA; what arguments and results mean
+// stands there.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,11 +20,13 @@ struct LayerNormLstmArgs {
   double keep_h = 0.0, keep_c = 0.0, eps = 0.0;
 };
 
-// out, cells, h_n, c_n; and what the backward needs, empty (0) unless `save`: float32, for D directions, N rows, H
-// rounded up to Hr, a multiple of 16, one after the other
+// out, cells, h_n, c_n; and what the backward needs, empty (0) unless `save`: float32, for D directions, N rows, one
+// after the other, where Hr is H on CUDA and on the CPU H rounded up to a multiple of 16,
 //
 //     the normalised products of input and of hidden state and the gates, (D, N, 4Hr) each,
 //     c_t and the normalised c', (D, N, Hr) each, and the three inverse deviations, (D, N, 3).
+//
+// In which order the 4Hr numbers of a row stand is known to the device's own backward alone.
 using LayerNormLstmForward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // Gradients of input (empty (0) unless `input_grad`), h0, c0 and each of the weights.
@@ -36,7 +39,11 @@ struct LayerNormLstmGradients {
 
 // Throw c10::Error (ValueError, TypeError in Python) for whatever does not fit, before anything is computed.
 LayerNormLstmForward layer_norm_lstm_forward_cpu(const LayerNormLstmArgs& args, bool save, bool all_cells);
+LayerNormLstmForward layer_norm_lstm_forward_cuda(const LayerNormLstmArgs& args, bool save, bool all_cells);
 LayerNormLstmBackward layer_norm_lstm_backward_cpu(
+    const LayerNormLstmGradients& grad, const LayerNormLstmArgs& args, const at::Tensor& out, const at::Tensor& saved,
+    bool input_grad);
+LayerNormLstmBackward layer_norm_lstm_backward_cuda(
     const LayerNormLstmGradients& grad, const LayerNormLstmArgs& args, const at::Tensor& out, const at::Tensor& saved,
     bool input_grad);
 

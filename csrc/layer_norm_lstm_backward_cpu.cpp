@@ -32,16 +32,6 @@ struct BackwardWalk {
   void multiply(const Part& part, int64_t t, Range rows, float* scratch) const;
 };
 
-void check_like(
-    const char* name, const std::optional<at::Tensor>& tensor, at::IntArrayRef shape, const at::Tensor& like) {
-  if (!tensor) return;
-  TORCH_CHECK_VALUE(tensor->sizes() == shape, name, ": got shape ", tensor->sizes(), ", expected ", shape);
-  TORCH_CHECK_TYPE(
-      tensor->scalar_type() == like.scalar_type(), name, ": got dtype ", tensor->scalar_type(), ", expected input's ",
-      like.scalar_type());
-  TORCH_CHECK_VALUE(tensor->device().is_cpu(), name, ": got device ", tensor->device(), ", expected the CPU");
-}
-
 // Contiguous float32 of its own, (D, B, Hr); zeros for none.
 at::Tensor state_gradient(const std::optional<at::Tensor>& grad, const LstmShape& s, const at::TensorOptions& floats) {
   at::Tensor result = at::zeros({s.directions, s.batch, s.units()}, floats);
@@ -54,17 +44,7 @@ BackwardWalk::BackwardWalk(
     const at::Tensor& forward_saved)
     : layer(args), saved(forward_saved) {
   const LstmShape& s = layer.shape;
-  std::vector<int64_t> sizes(args.input.sizes().begin(), args.input.sizes().end());
-  sizes.back() = s.directions * s.hidden;
-  check_like("out", out, sizes, args.input);
-  check_like("grad_out", grad.out, sizes, args.input);
-  check_like("grad_cells", grad.cells, sizes, args.input);
-  check_like("grad_h_n", grad.h_n, args.h0.sizes(), args.input);
-  check_like("grad_c_n", grad.c_n, args.c0.sizes(), args.input);
-  TORCH_CHECK_VALUE(
-      saved.scalar_type() == at::kFloat && saved.device().is_cpu() && saved.dim() == 1 && saved.is_contiguous() &&
-          saved.size(0) == layer.saved_floats(),
-      "saved: got ", saved.scalar_type(), " of shape ", saved.sizes(), ", expected the forward's own result");
+  check_layer_norm_lstm_backward(s, grad, args, out, saved, layer.saved_floats());
   const auto floats = args.input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
   c0 = padded_state(args.c0, s.units());
   if (grad.out) grad_out = dense_float(*grad.out);

@@ -3,78 +3,33 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/zeros.h>
 
-#include <string>
-
 namespace fastattn {
 
-// What is checked as the plain LSTM's.
-static LstmArgs plain(const LayerNormLstmArgs& args) {
-  const int64_t count = static_cast<int64_t>(args.weights.size());
-  const int64_t directions = args.h0.dim() == 3 && args.h0.size(0) == 2 ? 2 : 1, each = count / directions;
-  TORCH_CHECK_VALUE(
-      count % directions == 0 && (each == 5 || each == 7), "weights: got ", count, " tensors for ", directions,
-      " directions, expected 5 or 7 for each");
-  LstmArgs result{args.input, args.batch_sizes, args.h0, args.c0, {}};
-  for (int64_t d = 0; d < directions; ++d)
-    for (int64_t i = 0; i < 2; ++i) result.weights.push_back(args.weights[static_cast<size_t>(d * each + i)]);
-  return result;
+// Checked, and on the CPU.
+static LstmShape checked_shape(const LayerNormLstmArgs& args) {
+  TORCH_CHECK_VALUE(args.input.device().is_cpu(), "input: got device ", args.input.device(), ", expected the CPU");
+  return layer_norm_lstm_shape(args);
 }
 
-static void check_cpu(const char* name, const at::Tensor& tensor) {
-  TORCH_CHECK_VALUE(
-      tensor.device().is_cpu() && tensor.layout() == at::kStrided, name, ": got a ", tensor.layout(), " tensor on ",
-      tensor.device(), ", expected a strided one on the CPU");
-}
-
-static at::Tensor checked_zoneout(
-    const char* name, const std::optional<at::Tensor>& mask, double keep, const LstmShape& shape) {
-  TORCH_CHECK_VALUE(keep >= 0.0 && keep <= 1.0, name, ": got the probability ", keep, ", allowed is [0, 1]");
-  if (!mask) return {};
-  check_cpu(name, *mask);
-  const std::vector<int64_t> expected{shape.rows, shape.directions, shape.hidden};
-  TORCH_CHECK_VALUE(mask->sizes() == expected, name, ": got shape ", mask->sizes(), ", expected ", expected);
-  TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, name, ": got dtype ", mask->scalar_type(), ", expected bool");
-  return mask->contiguous();
-}
-
-static at::Tensor checked_h_mask(const std::optional<at::Tensor>& mask, const LstmShape& shape) {
-  if (!mask) return {};
-  check_cpu("h_mask", *mask);
-  TORCH_CHECK_VALUE(
-      mask->dim() == 3 && (mask->size(0) == shape.batch || mask->size(0) == shape.rows) &&
-          mask->size(1) == shape.directions && mask->size(2) == shape.hidden,
-      "h_mask: got shape ", mask->sizes(), ", expected (", shape.batch, " or ", shape.rows, ", ", shape.directions,
-      ", ", shape.hidden, ")");
-  TORCH_CHECK_TYPE(
-      at::isFloatingType(mask->scalar_type()), "h_mask: got dtype ", mask->scalar_type(), ", expected a float type");
-  return dense_float(*mask);
+static at::Tensor dense(const std::optional<at::Tensor>& tensor) {
+  return tensor ? tensor->contiguous() : at::Tensor();
 }
 
 LayerNormLayer::LayerNormLayer(const LayerNormLstmArgs& args)
-    : shape(lstm_shape(plain(args))),
-      biases(static_cast<int64_t>(args.weights.size()) == 7 * shape.directions),
+    : shape(checked_shape(args)),
+      biases(layer_norm_weights_per_direction(args) == 7),
       eps(args.eps),
-      h_mask(checked_h_mask(args.h_mask, shape)),
+      h_mask(args.h_mask ? dense_float(*args.h_mask) : at::Tensor()),
       mask_per_step(h_mask.defined() && h_mask.size(0) == shape.rows),
-      zoneout_h(checked_zoneout("zoneout_h", args.zoneout_h, args.keep_h, shape)),
-      zoneout_c(checked_zoneout("zoneout_c", args.zoneout_c, args.keep_c, shape)),
+      zoneout_h(dense(args.zoneout_h)),
+      zoneout_c(dense(args.zoneout_c)),
       keep_h(static_cast<float>(args.keep_h)),
       keep_c(static_cast<float>(args.keep_c)) {
-  check_cpu("input", args.input);
-  TORCH_CHECK_VALUE(eps > 0.0, "eps: got ", eps, ", expected a positive number");
   const int64_t hidden = shape.hidden, each = weights_per_direction();
   const auto vector = [&](int64_t place, bool gates) {
-    const at::Tensor& weight = args.weights[static_cast<size_t>(place)];
-    const std::string name = "weights[" + std::to_string(place) + "]";
-    const int64_t size = gates ? 4 * hidden : hidden;
-    check_cpu(name.c_str(), weight);
-    TORCH_CHECK_VALUE(
-        weight.dim() == 1 && weight.size(0) == size, name, ": got shape ", weight.sizes(), ", expected (", size, ")");
-    TORCH_CHECK_TYPE(
-        weight.scalar_type() == args.input.scalar_type(), name, ": got dtype ", weight.scalar_type(),
-        ", expected input's ", args.input.scalar_type());
-    if (gates) return gate_rows(dense_float(weight), hidden).view({-1});
-    return at::constant_pad_nd(dense_float(weight), {0, shape.units() - hidden});
+    const at::Tensor weight = dense_float(args.weights[static_cast<size_t>(place)]);
+    if (gates) return gate_rows(weight, hidden).view({-1});
+    return at::constant_pad_nd(weight, {0, shape.units() - hidden});
   };
   const at::Tensor none = at::zeros({columns()}, args.input.options().dtype(at::kFloat));
   for (int64_t d = 0; d < shape.directions; ++d) {

@@ -1,8 +1,8 @@
 // What the forward and the backward of the CPU's layer-normalised LSTM share.
 #pragma once
 
-#include "layer_norm_lstm.h"
 #include "layer_norm_lstm_cpu.h"
+#include "layer_norm_lstm_shape.h"
 #include "lstm_layer.h"
 
 namespace fastattn {

@@ -1,9 +1,10 @@
 // One step of the layer-normalised LSTM after its products, row by row. Part of kernels.inc.h.
 
-// Mean and 1 / sqrt(variance + eps).
-struct Moments {
-  float mean, deviation;
-};
+static inline float square_root(float x) { return __builtin_sqrtf(x); }
+
+#define FASTATTN_INLINE static inline
+#include "layer_norm_cell.h"
+#undef FASTATTN_INLINE
 
 // 1 for the units of the last block that exist, 0 for those that were added.
 static inline void last_units(int64_t hidden, float (&real)[kUnits]) {
@@ -11,8 +12,7 @@ static inline void last_units(int64_t hidden, float (&real)[kUnits]) {
   for (int64_t i = 0; i < kUnits; ++i) real[i] = i < there ? 1.0f : 0.0f;
 }
 
-// Of x, blocks of WIDTH numbers, WIDTH / kUnits for each unit; added units hold zeros. The variance is the mean squared
-// distance from the mean in a second pass: the difference of two large sums would lose it.
+// Of x, blocks of WIDTH numbers, WIDTH / kUnits for each unit; added units hold zeros.
 template <int WIDTH>
 static inline Moments moments(const float* x, int64_t hidden, const float (&real)[kUnits], float eps) {
   constexpr int vectors = WIDTH / kLanes;
@@ -34,7 +34,7 @@ static inline Moments moments(const float* x, int64_t hidden, const float (&real
     square[v] += distance * distance * load(real + v * kLanes % kUnits);
   }
   for (int v = 1; v < vectors; ++v) square[0] += square[v];
-  return {mean, 1.0f / __builtin_sqrtf(sum_lanes(square[0]) / count + eps)};
+  return moments_of(mean, sum_lanes(square[0]), count, eps);
 }
 
 // The share of the previous state in the next for the units from `unit` of a row on.
@@ -46,10 +46,6 @@ static inline vec zoneout_share(const Zoneout& zoneout, int64_t at, int64_t coun
 }
 
 static inline bool has_zoneout(const Zoneout& zoneout) { return zoneout.mask || zoneout.keep != 0.0f; }
-
-static inline vec gate_sum(const LayerNormWeights& w, int64_t column, vec normal_x, vec normal_h) {
-  return normal_x * load(w.gain_x + column) + normal_h * load(w.gain_h + column) + load(w.bias + column);
-}
 
 template <bool SAVE>
 static void layer_norm_forward_row(
@@ -66,13 +62,13 @@ static void layer_norm_forward_row(
     vec sums[4];
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t at = column + gate * kUnits;
-      const vec normal_x = (load(x + at) - of_x.mean) * of_x.deviation;
-      const vec normal_h = (load(h + at) - of_h.mean) * of_h.deviation;
+      const vec normal_x = normalise(load(x + at), of_x), normal_h = normalise(load(h + at), of_h);
       if (SAVE) {
         store(x + at, normal_x);
         store(h + at, normal_h);
       }
-      sums[gate] = gate_sum(w, at, normal_x, normal_h);
+      const vec of_input = input_share(normal_x, load(w.gain_x + at), load(w.bias + at));
+      sums[gate] = gate_sum(of_input, normal_h, load(w.gain_h + at));
     }
     const Gates<vec> gates = lstm_activate(sums[0], sums[1], sums[2], sums[3]);
     store(fresh + unit, lstm_cell_state(gates, load(cell + unit)));
@@ -95,16 +91,16 @@ static void layer_norm_forward_row(
   for (int64_t unit = 0; unit < units; unit += kLanes) {
     const int64_t count = s.hidden - unit;  // below 1 for units that were added
     vec state = load(fresh + unit);
-    const vec normal = (state - of_c.mean) * of_c.deviation;
+    const vec normal = normalise(state, of_c);
     vec hidden = load(outputs + unit) * tanh(normal * load(w.gain_c + unit) + load(w.bias_c + unit));
     float* previous = s.h + row * s.hidden + unit;
     if (has_zoneout(s.zoneout_h)) {
       const vec share = zoneout_share(s.zoneout_h, row * s.zoneout_row + unit, count);
-      hidden = share * load_lanes(previous, count) + (1.0f - share) * hidden;
+      hidden = zoneout_state(share, load_lanes(previous, count), hidden);
     }
     if (has_zoneout(s.zoneout_c)) {
       const vec share = zoneout_share(s.zoneout_c, row * s.zoneout_row + unit, count);
-      state = share * load(cell + unit) + (1.0f - share) * state;
+      state = zoneout_state(share, load(cell + unit), state);
     }
     store_lanes(previous, hidden, count);
     store_lanes(s.out + row * s.out_row + unit, hidden, count);
@@ -129,19 +125,15 @@ static void layer_norm_forward(const LayerNormForwardStep& s, float* scratch) {
 
 static inline void add_to(float* sum, vec term) { store(sum, load(sum) + term); }
 
-// dx = deviation (dn - mean(dn) - n mean(dn n)) for dn, the gradient of the normalised n; in place.
+// From the gradient of the normalised numbers to that of the numbers, in place.
 static inline void through_normalisation(
-    float* gradient, const float* normal, int64_t columns, float deviation, float mean, float mean_product) {
+    float* gradient, const float* normal, int64_t columns, float deviation, Means means) {
   for (int64_t j = 0; j < columns; j += kLanes)
-    store(gradient + j, deviation * (load(gradient + j) - mean - load(normal + j) * mean_product));
+    store(gradient + j, normalisation_gradient(load(gradient + j), load(normal + j), deviation, means));
 }
 
-// From the gradient of h_t to those of h' = o tanh(gain_c n + bias_c) and of n, the normalised c'; dn goes to `dnormal`
-// and the gradient of the output gate to `doutput`. Returns the means of dn and of dn n.
-struct Means {
-  float plain, product;
-};
-
+// From the gradient of h_t to that of the normalised c', to `dnormal`, and of the output gate, to `doutput`. Returns
+// the means of the first.
 static inline Means hidden_backward(
     const LayerNormBackwardStep& s, int64_t row, float* partial, float* dnormal, float* doutput) {
   const int64_t units = round_up(s.hidden, kUnits);
@@ -161,13 +153,13 @@ static inline Means hidden_backward(
       dh = (1.0f - share) * dh;
     }
     store(carried, kept);
-    store(doutput + unit, dh * squashed);
-    const vec dsum = dh * output * (1.0f - squashed * squashed), dn = dsum * gain;
-    add_to(partial + 12 * units + unit, dsum * normal);
-    add_to(partial + 13 * units + unit, dsum);
-    store(dnormal + unit, dn);
-    sum += dn;
-    sum_product += dn * normal;
+    const HiddenGradient<vec> grad = hidden_gradient(output, squashed, gain, dh);
+    store(doutput + unit, grad.output);
+    store(dnormal + unit, grad.normal);
+    add_to(partial + 12 * units + unit, grad.sum * normal);
+    add_to(partial + 13 * units + unit, grad.sum);
+    sum += grad.normal;
+    sum_product += grad.normal * normal;
   }
   return {sum_lanes(sum) / (float)s.hidden, sum_lanes(sum_product) / (float)s.hidden};
 }
@@ -193,7 +185,7 @@ static void layer_norm_backward_row(const LayerNormBackwardStep& s, int64_t row,
       later = (1.0f - share) * later;
     }
     const vec dn = load(dnormal + unit), normal = load(normal_c + unit);
-    const vec dc = later + deviations[2] * (dn - of_c.plain - normal * of_c.product);
+    const vec dc = later + normalisation_gradient(dn, normal, deviations[2], of_c);
     const float* at_gates = saved + column;
     const Gates<vec> gates{load(at_gates), load(at_gates + kUnits), load(at_gates + 2 * kUnits),
                            load(at_gates + 3 * kUnits)};
@@ -216,8 +208,10 @@ static void layer_norm_backward_row(const LayerNormBackwardStep& s, int64_t row,
     }
   }
   const float count = (float)(4 * s.hidden);
-  through_normalisation(dx, normal_x, columns, deviations[0], sum_lanes(sum_x) / count, sum_lanes(product_x) / count);
-  through_normalisation(dh, normal_h, columns, deviations[1], sum_lanes(sum_h) / count, sum_lanes(product_h) / count);
+  const Means of_x{sum_lanes(sum_x) / count, sum_lanes(product_x) / count};
+  const Means of_h{sum_lanes(sum_h) / count, sum_lanes(product_h) / count};
+  through_normalisation(dx, normal_x, columns, deviations[0], of_x);
+  through_normalisation(dh, normal_h, columns, deviations[1], of_h);
 }
 
 static void layer_norm_backward(const LayerNormBackwardStep& s, float* scratch) {

@@ -16,7 +16,11 @@ from fastattn.validation import autocast_enabled
 
 autograd.definition["layer"] = reference_layer_norm_lstm.layer
 
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_BECAUSE = {
+    Backend.CUDA: "our CUDA kernels, verified on this device",
+    Backend.CPU: "our C++ kernel",
+    Backend.REFERENCE: "plain PyTorch serves every request",
+}
 
 
 class Noise(NamedTuple):
@@ -68,25 +72,29 @@ def why_not(name: Backend, device_type: str, dtype: torch.dtype) -> str | None:
     """The reason ``name`` cannot serve a call with tensors of this device and dtype; None when it can."""
     if name is Backend.REFERENCE:
         return None
-    if name is not Backend.CPU:
+    if name not in _BECAUSE:
         return "it has no layer-normalised LSTM"
-    if device_type != "cpu":
-        return f"device {device_type}; the C++ kernel runs on the CPU"
+    if device_type != name.value:
+        return f"device {device_type}; these kernels run on {name.value}"
     if torch._C._are_functorch_transforms_active():
         return "inside a transform of torch.func; only plain PyTorch follows every one"
-    if dtype not in _KERNEL_DTYPES:
-        return f"dtype {dtype}; the C++ kernel takes float16, bfloat16 and float32"
-    return extension.UNAVAILABLE
+    if dtype not in extension.DTYPES:
+        return f"dtype {dtype}; our kernels take float16, bfloat16 and float32"
+    return extension.KERNELS[name.value].why_unavailable()
 
 
 def choose(device_type: str, dtype: torch.dtype) -> Backend:
-    """The forced backend if there is one, else the C++ kernel where that can serve the call.
+    """The forced backend if there is one, else our kernels for the device where they can serve the call.
 
-    Raises RuntimeError when a forced backend cannot serve it.
+    Kernels that no such device has verified wait to be asked for. Raises RuntimeError when a forced backend cannot
+    serve the call.
     """
     forced = dispatch.forced_backend()
     if forced is None:
-        return Backend.REFERENCE if why_not(Backend.CPU, device_type, dtype) else Backend.CPU
+        usual = {"cpu": Backend.CPU, "cuda": Backend.CUDA}.get(device_type, Backend.REFERENCE)
+        if why_not(usual, device_type, dtype) or _waits(usual):
+            return Backend.REFERENCE
+        return usual
     reason = why_not(forced, device_type, dtype)
     if reason is not None:
         raise RuntimeError(f'fastattn.backend("{forced}") cannot serve this call: {reason}')
@@ -96,20 +104,29 @@ def choose(device_type: str, dtype: torch.dtype) -> Backend:
 def explain(device_type: str, dtype: torch.dtype) -> Explanation:
     """What ``choose`` takes, with the reasons; raises its errors."""
     chosen, forced = choose(device_type, dtype), dispatch.forced_backend()
-    because = "our C++ kernel" if chosen is Backend.CPU else "plain PyTorch serves every request"
-    if forced is not None:
-        because = f'forced by fastattn.backend("{forced}")'
+    because = _BECAUSE[chosen] if forced is None else f'forced by fastattn.backend("{forced}")'
     skipped = {
-        name: why_not(name, device_type, dtype) or f"can serve it; {chosen} is preferred"
+        name: why_not(name, device_type, dtype) or _not_preferred(name, chosen)
         for name in dispatch.LSTM_BACKENDS
         if name is not chosen
     }
     return Explanation(chosen, because, skipped)
 
 
+def _waits(name: Backend) -> bool:
+    return name is Backend.CUDA and not extension.verified()
+
+
+def _not_preferred(name: Backend, chosen: Backend) -> str:
+    if _waits(name):
+        return 'not verified on this device; force it with fastattn.backend("cuda")'
+    return f"can serve it; {chosen} is preferred"
+
+
 def _operator_backend(device_type: str, dtype: torch.dtype) -> str | None:
     """The operator's backend; None for the definition without an operator."""
-    if choose(device_type, dtype) is Backend.CPU:
-        return "cpu"
+    chosen = choose(device_type, dtype)
+    if chosen is not Backend.REFERENCE:
+        return chosen.value
     # A compiler would unroll the loop over the steps, and cannot where their number is in batch_sizes.
     return "eager" if torch.compiler.is_compiling() else None

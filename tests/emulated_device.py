@@ -1,7 +1,7 @@
-"""Builds the CUDA LSTM for the host: the kernels of ``csrc/cuda`` over the emulator in ``tests/emulated``.
+"""Builds the CUDA LSTMs for the host: the kernels of ``csrc/cuda`` over the emulator in ``tests/emulated``.
 
-The library lies in ``build/emulated`` under a name that holds a digest of its sources: compiled once (half a minute on
-one core) for each state of them. ``ops()`` are its operators.
+The library lies in ``build/emulated`` under a name that holds a digest of its sources: compiled once (a minute on one
+core) for each state of them. ``ops()`` are its operators.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 _SOURCES = (
     "csrc/lstm_shape.cpp", "csrc/cuda/call.cpp", "csrc/cuda/lstm_forward.cpp", "csrc/cuda/lstm_backward.cpp",
     "csrc/cuda/lstm_step.cu", "csrc/cuda/lstm_persistent_forward.cu", "csrc/cuda/lstm_persistent_backward.cu",
-    "tests/emulated/lstm.cpp",
+    "csrc/layer_norm_lstm_shape.cpp", "csrc/cuda/layer_norm_call.cpp", "csrc/cuda/layer_norm_forward.cpp",
+    "csrc/cuda/layer_norm_backward.cpp", "csrc/cuda/layer_norm_step.cu", "csrc/cuda/layer_norm_rows.cu",
+    "tests/emulated/lstm.cpp", "tests/emulated/layer_norm_lstm.cpp",
 )  # fmt: skip
-_HEADERS = ("csrc/cuda/*.h", "csrc/cuda/*.cuh", "csrc/lstm*.h", "tests/emulated/*")
+_HEADERS = ("csrc/cuda/*.h", "csrc/cuda/*.cuh", "csrc/lstm*.h", "csrc/layer_norm*.h", "tests/emulated/*")
 
 
 def compiler() -> str:

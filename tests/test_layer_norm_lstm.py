@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence, unpack_sequence
 
 import fastattn
-from fastattn import Backend, LayerNormLSTM, LayerNormLSTMCell
+from fastattn import LayerNormLSTM, LayerNormLSTMCell
 from fastattn.kernels.attention import extension
 
 F64 = torch.float64
@@ -392,14 +392,3 @@ def test_padding_after_a_sequence_changes_nothing() -> None:
     out, lengths = pad_packed_sequence(module(packed)[0])
     padded, _ = pad_packed_sequence(packed)
     torch.testing.assert_close(out[: lengths[1], 1], module(padded)[0][: lengths[1], 1])
-
-
-def test_explain() -> None:
-    lstm = fastattn.LayerNormLSTM(3, 4)
-    chosen = lstm.explain(torch.randn(2, 1, 3))
-    assert chosen.backend == ("cpu" if extension.UNAVAILABLE is None else "reference")
-    wide = lstm.explain(torch.randn(2, 1, 3, dtype=torch.float64))
-    assert wide.backend == "reference"
-    assert "float64" in wide.why_not[Backend.CPU]
-    with fastattn.backend("reference"):
-        assert "forced" in fastattn.LayerNormLSTMCell(3, 4).explain(torch.randn(1, 3)).because

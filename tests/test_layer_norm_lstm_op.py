@@ -233,4 +233,10 @@ def test_saved_floats_is_what_the_kernel_saves() -> None:
     for hidden in (1, 16, 17):
         case = Case(hidden=hidden, directions=2)
         saved = OPS.layer_norm_lstm_layer(*make_problem(case), True, False, "cpu")[4]
-        assert saved.shape == (2 * case.steps * case.batch * own_extension.saved_floats(hidden),)
+        assert saved.shape == (2 * case.steps * case.batch * own_extension.saved_floats(hidden, "cpu"),)
+
+
+@pytest.mark.skipif(own_extension.KERNELS["cuda"].why_unavailable() is None, reason="CUDA kernels are here")
+def test_a_backend_that_is_not_built_says_so() -> None:
+    with pytest.raises(RuntimeError, match="backend: got 'cuda', but "):
+        OPS.layer_norm_lstm_layer(*make_problem(Case()), True, True, "cuda")

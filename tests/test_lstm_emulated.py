@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastattn.testing_lstm import Inputs, LstmCase, check, evaluate, make_inputs
 
-pytestmark = pytest.mark.slow  # half a minute to compile, once for each state of the sources
+pytestmark = pytest.mark.slow  # a minute to compile, once for each state of the sources
 
 Case = LstmCase
 STEP_BY_STEP = 0  # blocks at once

@@ -31,6 +31,11 @@ FASTATTN_INLINE Gates<float> bias_sums(const ForwardCells& cells, int64_t j) {
   return four_rows<T>(cells.bias_ih, j, cells.hidden) + four_rows<T>(cells.bias_hh, j, cells.hidden);
 }
 
+// Row n of all rows is row b of the batch.
+FASTATTN_INLINE float factor(const HiddenMask& mask, int64_t n, int64_t b, int64_t j) {
+  return mask.factor ? mask.factor[(mask.per_step ? n : b) * mask.stride + j] : 1.0f;
+}
+
 // m_t; c holds c_{t-1}, then c_t.
 template <class T>
 FASTATTN_INLINE float forward_cell(

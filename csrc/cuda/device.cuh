@@ -75,6 +75,9 @@ FASTATTN_INLINE Vector16 load_from_blocks(const void* p, bool wanted) {
   return v;
 }
 
+// Of every lane of a warp, x of the lane whose number differs in the bits of `distance`.
+FASTATTN_INLINE float exchange(float x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
+
 // sum (16, 8) += A (16, k) B (k, 8), spread over a warp; k is 16 for the 16-bit types and 8 for tf32. A is the four
 // registers a, B the two registers b.
 template <class T>
@@ -120,11 +123,21 @@ inline void check(cudaError_t error, const char* what) {
 template <class Args>
 using Kernel = void (*)(Args);
 
+// Blocks of threads that meet at barriers, with `shared` bytes.
 template <class Args>
-void launch(Kernel<Args> kernel, int64_t blocks, int threads, const Args& args, void* stream) {
+void launch_blocks(Kernel<Args> kernel, int64_t blocks, int threads, int64_t shared, const Args& args, void* stream) {
   void* arguments[] = {const_cast<Args*>(&args)};
   const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
-  check(cudaLaunchKernel(kernel, grid, block, arguments, 0, static_cast<cudaStream_t>(stream)), "launch");
+  check(
+      cudaLaunchKernel(
+          kernel, grid, block, arguments, static_cast<size_t>(shared), static_cast<cudaStream_t>(stream)),
+      "launch");
+}
+
+// Threads that know nothing of each other.
+template <class Args>
+void launch(Kernel<Args> kernel, int64_t blocks, int threads, const Args& args, void* stream) {
+  launch_blocks(kernel, blocks, threads, 0, args, stream);
 }
 
 // All blocks run at once, or the launch fails.
@@ -166,8 +179,10 @@ namespace fastattn::cuda {
 
 FASTATTN_INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 FASTATTN_INLINE float tanh(float x) { return tanhf(x); }
+FASTATTN_INLINE float square_root(float x) { return sqrtf(x); }
 
 #include "../lstm_cell.h"
+#include "../layer_norm_cell.h"
 
 // i, f, g, o of one unit, as they are stored.
 template <class T>

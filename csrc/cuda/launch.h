@@ -73,13 +73,21 @@ struct Unprojected {
 };
 void unprojected(Element type, const Unprojected& args, void* stream);
 
-// h_{t-1} of every row, (N, P) dense: from `out` (N, P at out_stride), or h0 (B, P) where the row begins.
+// The factors of what W_hh multiplies: row n of all rows, or row b of the batch for all steps, at factor + its stride.
+struct HiddenMask {
+  const float* factor;  // null: 1
+  int64_t stride;
+  bool per_step;
+};
+
+// m h_{t-1} of every row, (N, P) dense: from `out` (N, P at out_stride), or h0 (B, P) where the row begins.
 struct Previous {
   const void *out, *h0;
   void* result;
   int64_t out_stride, state;
   Steps steps;
   bool reverse;
+  HiddenMask mask = {};
 };
 void previous_states(Element type, const Previous& args, void* stream);
 

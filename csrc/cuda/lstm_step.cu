@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(kThreads) previous_states_kernel(const Previou
   const T *out = static_cast<const T*>(a.out), *h0 = static_cast<const T*>(a.h0);
   for (int64_t e = threadIdx.x; e < count; e += kThreads) {
     const int64_t b = begin + e / a.state, j = e % a.state;
-    static_cast<T*>(a.result)[(n + b) * a.state + j] =
-        b < carried ? out[(source + b) * a.out_stride + j] : h0[b * a.state + j];
+    const T h = b < carried ? out[(source + b) * a.out_stride + j] : h0[b * a.state + j];
+    put<T>(a.result, (n + b) * a.state + j, to_float(h) * factor(a.mask, n + b, b, j));
   }
 }
 

@@ -1,4 +1,4 @@
-"""The doctor's look at the LSTM: which backend serves it, why not the others, and whether each is right."""
+"""The doctor's look at the LSTMs: which backend serves each, why not the others, and whether each is right."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from tqdm.auto import tqdm
 
-from fastattn.dispatch import LSTM_BACKENDS, Backend, backend
+from fastattn import layer_norm_lstm
+from fastattn.dispatch import LSTM_BACKENDS, Backend, Explanation, backend
 from fastattn.lstm_dispatch import explain, why_not
+from fastattn.modules.layer_norm_lstm import LayerNormLSTM
 from fastattn.modules.lstm import LSTM
 from fastattn.profiling.verdict import Results, Verdict, judge
 
@@ -28,6 +30,7 @@ class _Case:
     name: str
     options: dict[str, Any]
     packed: bool = False
+    module: type[LSTM] | type[LayerNormLSTM] = LSTM
 
 
 _CASES = (
@@ -35,6 +38,8 @@ _CASES = (
     _Case("two layers, bidirectional", {"num_layers": 2, "bidirectional": True}),
     _Case("packed, bidirectional", {"bidirectional": True}, packed=True),
     _Case("packed, projected", {"proj_size": 24}, packed=True),
+    _Case("layer norm, two layers", {"num_layers": 2, "zoneout": 0.1}, module=LayerNormLSTM),
+    _Case("layer norm, packed", {"bidirectional": True, "zoneout": 0.1}, packed=True, module=LayerNormLSTM),
 )
 
 
@@ -52,18 +57,29 @@ def self_check(device: torch.device) -> tuple[list[Verdict], dict[Backend, str]]
 
 
 def choices(device: torch.device) -> dict[str, str]:
-    """What serves a call, by dtype."""
-    chosen = {str(dtype)[6:]: explain(device.type, dtype) for dtype in (*_DTYPES, torch.float64)}
-    return {dtype: f"{one.backend}: {one.because}" for dtype, one in chosen.items()}
+    """What serves a call, by kind of LSTM and dtype; on a CUDA device also why our kernels do not."""
+    return {
+        f"{kind}{str(dtype)[6:]}": _line(explain_kind(device.type, dtype), device)
+        for kind, explain_kind in (("", explain), ("layer norm, ", layer_norm_lstm.explain))
+        for dtype in (*_DTYPES, torch.float64)
+    }
+
+
+def _line(chosen: Explanation, device: torch.device) -> str:
+    reason = chosen.why_not.get(Backend.CUDA) if device.type == "cuda" else None
+    return f"{chosen.backend}: {chosen.because}" + (f" (not cuda: {reason})" if reason is not None else "")
 
 
 def _answers(
     name: Backend, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Results, Results, Results]]:
     for case in _CASES:
+        if case.module is LayerNormLSTM and layer_norm_lstm.why_not(name, device.type, dtype) is not None:
+            continue  # torch has none
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
-            module = LSTM(_INPUTS, _HIDDEN, **case.options).to(device, dtype)
+            module = case.module(_INPUTS, _HIDDEN, **case.options).to(device, dtype)
+            module.train(case.module is LSTM)  # the other draws zoneout in training, each time anew
             x = torch.randn(_LENGTHS[0], len(_LENGTHS), _INPUTS).to(device, dtype)
         wide = copy.deepcopy(module).double()
         yield (
@@ -74,7 +90,7 @@ def _answers(
         )
 
 
-def _compute(name: Backend, case: _Case, module: LSTM, x: torch.Tensor) -> Results:
+def _compute(name: Backend, case: _Case, module: torch.nn.Module, x: torch.Tensor) -> Results:
     """Outputs, and gradients of the input and of every weight."""
     leaf = x.detach().requires_grad_()
     given: Any = pack_padded_sequence(leaf, torch.tensor(_LENGTHS)) if case.packed else leaf

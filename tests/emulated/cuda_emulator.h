@@ -37,7 +37,7 @@ enum class Schedule { ascending, random, warp_by_warp };
 inline Schedule schedule = Schedule::ascending;
 inline int64_t blocks_at_once = 8;
 
-inline int64_t launches = 0;  // of persistent kernels so far
+inline int64_t launches = 0;  // of kernels whose blocks wait for each other, so far
 
 struct Index {
   unsigned x;
@@ -50,7 +50,7 @@ struct Block {
 
 struct Warp {
   uint32_t operand[32][6];
-  float* sum[32];
+  float* sum[32];  // where a lane wants the result
   uint32_t arrived = 0, generation = 0;
 };
 
@@ -164,9 +164,9 @@ inline std::unique_ptr<Thread> make_thread(Index block, Index thread, Block& blo
   return made;
 }
 
+// Blocks `first` to `first + blocks` at the same time.
 template <class Kernel, class Args>
-void launch_fibers(Kernel kernel, int64_t blocks, int threads, int64_t shared, const Args& args) {
-  ++launches;
+void launch_fibers(Kernel kernel, unsigned first, int64_t blocks, int threads, int64_t shared, const Args& args) {
   start<Kernel, Args> = {kernel, &args};
   std::vector<Block> block_states(static_cast<size_t>(blocks));
   std::vector<Warp> warps(static_cast<size_t>(blocks * threads / 32));
@@ -176,7 +176,7 @@ void launch_fibers(Kernel kernel, int64_t blocks, int threads, int64_t shared, c
     block.threads = static_cast<uint32_t>(threads);
     block.shared.assign(static_cast<size_t>(shared), 0xff);
     for (unsigned t = 0; t < block.threads; ++t)
-      all.push_back(make_thread({b}, {t}, block, warps[(b * block.threads + t) / 32], fiber<Kernel, Args>));
+      all.push_back(make_thread({first + b}, {t}, block, warps[(b * block.threads + t) / 32], fiber<Kernel, Args>));
   }
   run(all);
 }
@@ -235,6 +235,17 @@ inline Vector16 load_from_blocks(const void* p, bool wanted) {
   if (wanted && reinterpret_cast<uintptr_t>(p) % 16 != 0) throw std::runtime_error("emulator: misaligned load");
   if (wanted) std::memcpy(&v, p, sizeof v);
   return v;
+}
+
+inline float exchange(float x, int distance) {
+  emulator::Warp& warp = *emulator::current->warp;
+  warp.sum[threadIdx.x % 32] = &x;
+  emulator::meet(warp.arrived, warp.generation, 32, [&] {
+    float all[32];
+    for (int lane = 0; lane < 32; ++lane) all[lane] = *warp.sum[lane];
+    for (int lane = 0; lane < 32; ++lane) *warp.sum[lane] = all[lane ^ distance];
+  });
+  return x;
 }
 
 inline float operand(half, uint32_t word, int i) {
@@ -310,10 +321,21 @@ void launch(Kernel<Args> kernel, int64_t blocks, int threads, const Args& args, 
   emulator::current = nullptr;
 }
 
+// Block after block, from the last one where the schedule is not `ascending`.
+template <class Args>
+void launch_blocks(Kernel<Args> kernel, int64_t blocks, int threads, int64_t shared, const Args& args, void*) {
+  const bool ascending = emulator::schedule == emulator::Schedule::ascending;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const auto block = static_cast<unsigned>(ascending ? i : blocks - 1 - i);
+    emulator::launch_fibers(kernel, block, 1, threads, shared, args);
+  }
+}
+
 template <class Args>
 void launch_together(Kernel<Args> kernel, int64_t blocks, int threads, int64_t shared, const Args& args, void*) {
   if (blocks > emulator::blocks_at_once) throw std::runtime_error("emulator: more blocks than run at once");
-  emulator::launch_fibers(kernel, blocks, threads, shared, args);
+  ++emulator::launches;
+  emulator::launch_fibers(kernel, 0, blocks, threads, shared, args);
 }
 
 template <class Args>

@@ -20,7 +20,8 @@ int64 on the CPU, never increasing, each at least 1; h0 and c0 (D, B, H); weight
 dtype; h_mask, the m above, (B, D, H) for all steps or (N, D, H), floating, no gradient; zoneout_h and zoneout_c, the z
 above, (N, D, H) boolean, or None and keep_h, keep_c, the probability of z for which the expectation is taken, 0 for no
 zoneout; save: a gradient will be wanted; all_cells: return cells, (T, B, D H) or (N, D H), else it is empty (0);
-backend "cpu" (the C++ of ``csrc``: float32, float16, bfloat16) or "eager" (the definition, any dtype and device).
+backend "cpu" or "cuda" (the C++ of ``csrc`` for tensors there: float32, float16, bfloat16), or "eager" (the definition,
+any dtype and device).
 
 out (T, B, D H) or (N, D H), h_n and c_n (D, B, H); saved float32, known to the backend alone, empty (0) unless ``save``
 and without a gradient.
@@ -49,7 +50,7 @@ _SCHEMAS = {
         f"{_PROBLEM}, bool input_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor[])"
     ),
 }
-_BACKENDS: dict[str, Any] = {"cpu": extension, "eager": eager}
+_BACKENDS: dict[str, Any] = {**extension.KERNELS, "eager": eager}
 
 _library = torch.library.Library("fastattn", "FRAGMENT")
 for _name, _schema in _SCHEMAS.items():
@@ -82,7 +83,7 @@ def _layer_fake(
     out = input.new_empty(*input.shape[:-1], directions * hidden)
     cells = out.new_empty(out.shape) if all_cells else out.new_empty(0)
     steps = math.prod(input.shape[:-1])
-    floats = directions * steps * extension.saved_floats(hidden) if save and backend == "cpu" else 0
+    floats = directions * steps * extension.saved_floats(hidden, backend) if save and backend != "eager" else 0
     return out, cells, h0.new_empty(h0.shape), c0.new_empty(c0.shape), input.new_empty(floats, dtype=torch.float32)
 
 
