@@ -78,7 +78,8 @@ LstmShape layer_norm_lstm_shape(const LayerNormLstmArgs& args) {
   check_h_mask(args.h_mask, shape, args.input);
   check_zoneout("zoneout_h", args.zoneout_h, args.keep_h, shape, args.input);
   check_zoneout("zoneout_c", args.zoneout_c, args.keep_c, shape, args.input);
-  TORCH_CHECK_VALUE(args.eps > 0.0, "eps: got ", args.eps, ", expected a positive number");
+  TORCH_CHECK_VALUE(
+      static_cast<float>(args.eps) > 0.0f, "eps: got ", args.eps, ", expected a positive number, in float32 too");
   check_vectors(args, shape);
   return shape;
 }
@@ -95,7 +96,8 @@ void check_layer_norm_lstm_backward(
   if (grad.c_n) check_like("grad_c_n", *grad.c_n, args.c0.sizes(), args.input);
   TORCH_CHECK_VALUE(
       saved.scalar_type() == at::kFloat && saved.device() == args.input.device() && saved.dim() == 1 &&
-          saved.is_contiguous() && saved.size(0) == floats,
+          saved.is_contiguous() && saved.size(0) == floats &&
+          reinterpret_cast<uintptr_t>(saved.const_data_ptr()) % 16 == 0,  // four floats are read at once
       "saved: got ", saved.scalar_type(), " of shape ", saved.sizes(), " on ", saved.device(),
       ", expected the forward's own result");
 }

@@ -196,6 +196,7 @@ BAD = [
     (8, lambda p: 1.5, ValueError, "zoneout_h: got the probability 1.5"),
     (9, lambda p: -0.5, ValueError, "zoneout_c: got the probability -0.5"),
     (10, lambda p: 0.0, ValueError, "eps: got 0, expected a positive number"),
+    (10, lambda p: 1e-50, ValueError, "eps: got 1e-50, expected a positive number"),
 ]
 
 
@@ -222,6 +223,7 @@ def test_bad_arguments_of_the_backward() -> None:
         (4, out[:1], ValueError, "out: got shape"),
         (5, saved[:-1], ValueError, "saved: got Float of shape"),
         (5, saved.double(), ValueError, "saved: got Double"),
+        (5, torch.zeros(saved.numel() + 1)[1:], ValueError, "saved: got Float"),
     ):
         given = [*good[:place], value, *good[place + 1 :]]
         with pytest.raises(error, match=message):

@@ -1,5 +1,6 @@
 #include "layer_norm_call.h"
 
+#include <ATen/Context.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
 
@@ -39,6 +40,11 @@ void multiply(at::Tensor to, const at::Tensor& a, const at::Tensor& b) {
 #ifdef FASTATTN_EMULATED
   at::mm_out(to, a.to(at::kFloat), b.to(at::kFloat));
 #else
+  // torch refuses a float32 result where the user asked for float16 sums, which a float16 product then gives.
+  if (a.scalar_type() == at::kHalf && at::globalContext().allowFP16AccumulationCuBLAS()) {
+    to.copy_(at::mm(a, b));
+    return;
+  }
   at::mm_out(to, a, b, at::kFloat);  // torch has it on CUDA alone
 #endif
 }

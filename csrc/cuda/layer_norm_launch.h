@@ -9,7 +9,9 @@
 //               biases (column_sums)
 //
 // Products that a kernel reads are float32: a normalisation divides by their deviation, small or large, and so makes
-// much of a rounding. Gradients that a product reads are in the dtype of the call, as its other operand is.
+// much of a rounding. Gradients that a product reads are in the dtype of the call, as its other operand is. In float16
+// that of W_hh (m h_{t-1}) can overflow at a first step from h = 0, where 1 / sqrt(eps), 316, multiplies it: a loss
+// scale then has to be smaller by as much, or the dtype bfloat16.
 //
 // What the backward needs is float32, for each direction dense in itself:
 //
