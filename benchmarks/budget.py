@@ -148,10 +148,19 @@ def compile_case(case: Case, call: Callable[[Any, Case], None] | None = None) ->
     rows = []
     for name, arguments, kernel in compiled:
         if name not in ("key_bounds", "segment_bounds"):
-            dweights = arguments.get("dweights")
-            of_weights = isinstance(dweights, tuple) and dweights.pointer is not None
-            rows.append(_row(case, name + (" of weights" if of_weights else ""), kernel))
+            rows.append(_row(case, name + _of(arguments), kernel))
     return rows
+
+
+def _of(arguments: dict[str, Any]) -> str:
+    """What a gradient kernel is compiled for, where that is not all that it can compute."""
+
+    def given(name: str) -> bool:
+        return name not in arguments or arguments[name].pointer is not None
+
+    if "dweights" in arguments and given("dweights"):
+        return " of weights"
+    return "" if given("dkey") and given("dvalue") else " of key" if given("dkey") else " of value"
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from command_line import positive
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
@@ -59,13 +60,17 @@ def train(model: Seq2Seq, source: Tensor, target: Tensor, epochs: int) -> tuple[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--epochs", type=positive, default=100)
     parser.add_argument("--pairs", type=int, default=4000, help="of which 20 %% are held out")
-    parser.add_argument("--length", type=int, default=5, help="symbols in a sequence")
-    parser.add_argument("--symbols", type=int, default=10, help="different ones, at most 62")
+    parser.add_argument("--length", type=positive, default=5, help="symbols in a sequence")
+    parser.add_argument("--symbols", type=positive, default=10, help="different ones, at most 62")
     parser.add_argument("--backend", default="auto", help="auto, cpu, cuda, torch or reference")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.pairs < 5:
+        parser.error(f"--pairs: got {args.pairs}, expected at least 5, of which one is held out")
+    if args.symbols > 62:
+        parser.error(f"--symbols: got {args.symbols}, allowed are 1 to 62")
     torch.manual_seed(args.seed)
     source, target = pairs(args.pairs, args.length, args.symbols)
     model = Seq2Seq(Seq2SeqConfig.classic(start_token=START))

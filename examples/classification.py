@@ -217,9 +217,9 @@ def parser() -> argparse.ArgumentParser:
         "classify": "tell the topic of sentences",
     }
     result, commands = command_line.parser(__doc__, helps, "runs/classification[-torch]")
-    commands["train"].add_argument("--epochs", type=int, default=EPOCHS)
-    commands["train"].add_argument("--batch", type=int, default=BATCH)
-    commands["train"].add_argument("--max-length", type=int, default=MAX_LENGTH)
+    commands["train"].add_argument("--epochs", type=command_line.positive, default=EPOCHS)
+    commands["train"].add_argument("--batch", type=command_line.positive, default=BATCH)
+    commands["train"].add_argument("--max-length", type=command_line.positive, default=MAX_LENGTH)
     commands["classify"].add_argument("text", nargs="+")
     return result
 

@@ -6,6 +6,14 @@ import argparse
 from pathlib import Path
 
 
+def positive(text: str) -> int:
+    """An option's integer from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {number}, expected at least 1")
+    return number
+
+
 def parser(
     documentation: str | None, helps: dict[str, str], folder: str
 ) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

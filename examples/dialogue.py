@@ -314,8 +314,8 @@ def parser() -> argparse.ArgumentParser:
     result, commands = command_line.parser(__doc__, helps, "runs/dialogue-MODEL[-torch]")
     for command in commands.values():
         command.add_argument("--model", choices=MODELS, default="seq2seq")
-    commands["train"].add_argument("--steps", type=int, help=f"default: {STEPS}")
-    commands["train"].add_argument("--batch", type=int, default=BATCH)
+    commands["train"].add_argument("--steps", type=command_line.positive, help=f"default: {STEPS}")
+    commands["train"].add_argument("--batch", type=command_line.positive, default=BATCH)
     return result
 
 

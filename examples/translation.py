@@ -219,14 +219,14 @@ def parser() -> argparse.ArgumentParser:
     for command in commands.values():
         command.add_argument("--model", choices=MODELS, default="seq2seq")
         command.add_argument("--language", choices=LANGUAGES, default="fr")
-    training = commands["train"]
-    training.add_argument("--steps", type=int, help="of the schedule of the learning rate; default: 600, or 1200")
+    training, positive = commands["train"], command_line.positive
+    training.add_argument("--steps", type=positive, help="of the schedule of the learning rate; default: 600, or 1200")
     training.add_argument("--rate", type=float, default=1e-3, help="the highest of the schedule")
-    training.add_argument("--stop", type=int, help="stop after so many steps of the schedule")
-    training.add_argument("--size", type=int, default=128)
-    training.add_argument("--layers", type=int, default=2, help="of the Transformer's encoder and decoder")
-    training.add_argument("--batch", type=int, default=64)
-    training.add_argument("--pairs", type=int, default=10_000, help="to train on, of each count of digits")
+    training.add_argument("--stop", type=positive, help="stop after so many steps of the schedule")
+    training.add_argument("--size", type=positive, default=128)
+    training.add_argument("--layers", type=positive, default=2, help="of the Transformer's encoder and decoder")
+    training.add_argument("--batch", type=positive, default=64)
+    training.add_argument("--pairs", type=positive, default=10_000, help="to train on, of each count of digits")
     commands["translate"].add_argument("text", nargs="+")
     return result
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn import additive_validation as checks
-from fastattn import dispatch, reference_additive, validation
+from fastattn import dispatch, reference_additive, transforms, validation
 from fastattn.dispatch import Backend
 from fastattn.kernels.additive import launch, op
 
@@ -88,12 +88,16 @@ def _choose(query: Tensor) -> str | None:
     """The operator's backend, "triton" or "tiled"; None for the eager definition."""
     forced, device_type = dispatch.forced_backend(), query.device.type
     if forced is None:
+        if transforms.transformed():
+            return None
         able = launch.verified(device_type) and launch.why_not(device_type, query.dtype) is None
         return "triton" if able else "tiled"
     if forced is Backend.REFERENCE:
         return None
     reason = None
-    if forced is Backend.TRITON:
+    if transforms.transformed():
+        reason = transforms.REASON
+    elif forced is Backend.TRITON:
         reason = launch.why_not(device_type, query.dtype)
     elif forced is not Backend.CPU:
         reason = "torch has no fused additive attention"

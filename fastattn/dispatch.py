@@ -9,6 +9,7 @@ from enum import StrEnum
 
 import torch
 
+from fastattn import transforms
 from fastattn.kernels.attention import extension, launch
 
 
@@ -106,6 +107,8 @@ def why_not(name: Backend, request: Request) -> str | None:
         return None
     if name not in ATTENTION_BACKENDS:
         return f"it serves an LSTM; attention runs on {', '.join(ATTENTION_BACKENDS)}"
+    if transforms.transformed():
+        return transforms.REASON
     if name is Backend.SDPA:
         return _why_not_sdpa(request)
     if request.dtype not in _KERNEL_DTYPES:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import kv_cache_op, validation  # noqa: F401  the first registers torch.ops.fastattn.kv_cache_*
+from fastattn import kv_cache_op, transforms, validation  # noqa: F401  the first registers torch.ops.fastattn.kv_cache_*
 from fastattn.dispatch import MAX_HEAD_DIM, Backend, forced_backend
 from fastattn.kernels.attention import decode_launch, launch
 
@@ -212,6 +212,8 @@ def _check_splits(num_splits: int | None) -> None:
 
 
 def _check_no_gradient(**tensors: Tensor | None) -> None:
+    if transforms.transformed():
+        raise ValueError(f"query: got a call {transforms.REASON}, and attention_with_kv_cache is a kernel alone")
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():

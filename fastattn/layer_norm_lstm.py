@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, reference_layer_norm_lstm
+from fastattn import dispatch, reference_layer_norm_lstm, transforms
 from fastattn.dispatch import Backend, Explanation
 from fastattn.kernels.layer_norm_lstm import autograd, extension, op  # noqa: F401 : importing op defines the operators
 from fastattn.validation import autocast_enabled
@@ -76,8 +76,8 @@ def why_not(name: Backend, device_type: str, dtype: torch.dtype) -> str | None:
         return "it has no layer-normalised LSTM"
     if device_type != name.value:
         return f"device {device_type}; these kernels run on {name.value}"
-    if torch._C._are_functorch_transforms_active():
-        return "inside a transform of torch.func; only plain PyTorch follows every one"
+    if transforms.transformed():
+        return transforms.REASON
     if dtype not in extension.DTYPES:
         return f"dtype {dtype}; our kernels take float16, bfloat16 and float32"
     return extension.KERNELS[name.value].why_unavailable()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from fastattn import transforms
 from fastattn.dispatch import LSTM_BACKENDS, Backend, Explanation, forced_backend
 from fastattn.kernels.lstm import extension
 
@@ -26,14 +27,14 @@ _BECAUSE = {
 def why_not(name: Backend, device_type: str, dtype: torch.dtype, transformed: bool = False) -> str | None:
     """The reason ``name`` cannot serve a call with tensors of this device and dtype; None when it can.
 
-    ``transformed``: the call is inside a transform of ``torch.func``.
+    ``transformed``: see ``fastattn.transforms``.
     """
     if name not in LSTM_BACKENDS:
         return f"it serves attention; an LSTM runs on {', '.join(LSTM_BACKENDS)}"
     if name is Backend.REFERENCE:
         return None
     if transformed:
-        return "inside a transform of torch.func; only plain PyTorch follows every one"
+        return transforms.REASON
     if name is Backend.TORCH:
         return None
     if device_type != name.value:

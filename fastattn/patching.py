@@ -74,7 +74,7 @@ def patch(model: nn.Module, need_weights: bool | None = None) -> PatchReport:
     subclass of nn.LSTM keeps its class, and with it the refusal.
 
     An nn.TransformerEncoder that leaves padding out in inference, by nested tensors, goes on doing so around patched
-    layers on the CPU: see ``fastattn.modules.encoder``. What it gives at padding is 0 then, as before.
+    layers on the CPU, and gives 0 at padding: see ``fastattn.modules.encoder``.
 
     Args:
         model: any module: nested, with shared modules, on any device, wrapped, or an attention module itself.
@@ -125,11 +125,13 @@ def unpatch(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if _ORIGINAL_CLASS in module.__dict__:
             original = module.__dict__.pop(_ORIGINAL_CLASS)
-            module.__dict__.pop("need_weights", None)
+            for name_of_ours in ("need_weights", "__module__"):
+                module.__dict__.pop(name_of_ours, None)
             _set_class(module, original)
             restored.append(name)
         if _NESTED in module.__dict__:
             module.__class__ = module.__dict__.pop(_NESTED)
+            module.__dict__.pop("__module__", None)
             module.use_nested_tensor = True
     if _TRANSFORMERS in sys.modules:
         from fastattn.integrations import huggingface
@@ -185,6 +187,12 @@ def _switch(module: nn.Module) -> None:
     original = _base_class(module)
     module.__dict__[_ORIGINAL_CLASS] = original
     _set_class(module, _patched_class(original))
+    _stay_a_leaf(module, original)
+
+
+def _stay_a_leaf(module: nn.Module, original: type[Any]) -> None:
+    """torch.fx does not trace into a module that says it is of torch.nn, as the original does."""
+    module.__dict__["__module__"] = original.__module__
 
 
 def _set_class(module: nn.Module, cls: type[Any]) -> None:
@@ -233,3 +241,4 @@ def _keep_padded(model: nn.Module) -> None:
             encoder.use_nested_tensor = False
             if type(encoder) is _TorchTransformerEncoder:
                 encoder.__class__ = TransformerEncoder
+                _stay_a_leaf(encoder, _TorchTransformerEncoder)

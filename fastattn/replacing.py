@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.attention.bias import CausalBias
 
+from fastattn import transforms
 from fastattn.functional import scaled_dot_product_attention
 
 _lock = threading.Lock()
@@ -101,12 +101,4 @@ def _ours(query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool) -> 
         return False
     if len({tensor.dtype for tensor in tensors[:3]}) > 1 or len({tensor.device for tensor in tensors}) > 1:
         return False
-    return query.layout is torch.strided and not _transformed()
-
-
-def _transformed() -> bool:
-    """Inside torch.func's transforms and forward-mode differentiation our operators have no rule."""
-    if torch.compiler.is_compiling():
-        return False
-    interpreters: Any = torch._C._functorch.peek_interpreter_stack()
-    return interpreters is not None or forward_ad._current_level >= 0
+    return query.layout is torch.strided and not transforms.transformed()

@@ -32,7 +32,7 @@ def test_half_precision_uses_tensor_cores() -> None:
     for row in budget.read_table():
         if row.dtype != "float32" and row.kernel != "attention_delta":
             assert row.tensor_core + row.mma > 0, row
-            if row.arch == 90 and (row.head_dim <= 128 or "dkey_dvalue" not in row.kernel):
+            if row.arch == 90:
                 assert row.tensor_core > 0, row
 
 

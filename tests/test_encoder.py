@@ -11,6 +11,8 @@ import pytest
 import torch
 from backends import KERNELS
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastattn
 from fastattn.dispatch import Backend
@@ -205,3 +207,88 @@ def test_a_subclass_keeps_its_own_forward(which: str, rows: _Rows) -> None:
     out = patched(stack)(x, src_key_padding_mask=PADDINGS["right"])
     torch.testing.assert_close(out[~PADDINGS["right"]], expected[~PADDINGS["right"]])
     assert rows == [BATCH * LENGTH] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
+def test_what_is_no_number_stays_in_its_sequence(bad: float) -> None:
+    stack, padding = encoder(norm=True), PADDINGS["right"]
+    x = torch.randn(BATCH, LENGTH, EMBED)
+    x[padding] = float("nan")
+    x[2, 5] = bad
+    expected = stack(x.masked_fill(padding.unsqueeze(-1), 0.0), src_key_padding_mask=padding)
+    out = patched(stack)(x, src_key_padding_mask=padding)
+    others = torch.tensor([0, 1, 3])
+    assert not out[2].isfinite().all()
+    torch.testing.assert_close(out[others], expected[others])
+
+
+class _Adapter(nn.Module):
+    def forward(self, src: Tensor, **_: Any) -> Tensor:
+        return src + 1.0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["pre-norm", "without attention"])
+def test_a_layer_of_another_kind(kind: str, rows: _Rows) -> None:
+    stack, padding = encoder(), PADDINGS["right"]
+    other = nn.TransformerEncoderLayer(EMBED, HEADS, 32, batch_first=True, norm_first=True)
+    stack.layers.append(other.eval() if kind == "pre-norm" else _Adapter().eval())
+    x = torch.randn(BATCH, LENGTH, EMBED)
+    expected = stack(x, src_key_padding_mask=padding)
+    out = patched(copy.deepcopy(stack))(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(out[~padding], expected[~padding])
+    assert set(rows) == {BATCH * LENGTH}
+
+
+@torch.no_grad()
+def test_padded_for_a_head_dimension_the_kernels_lack(rows: _Rows) -> None:
+    stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(600, 4, 8, batch_first=True), 2).eval()
+    stack.layers[1] = nn.TransformerEncoderLayer(600, 2, 8, batch_first=True).eval()
+    patched(stack)(torch.randn(BATCH, LENGTH, 600), src_key_padding_mask=PADDINGS["right"])
+    assert rows == [BATCH * LENGTH] * 2
+
+
+class _Around(nn.Module):
+    def __init__(self, stack: nn.Module) -> None:
+        super().__init__()
+        self.stack = stack
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        return self.stack(x, src_key_padding_mask=padding)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("tracer", ["fx", "make_fx", "jit"])
+def test_under_a_tracer(tracer: str) -> None:
+    """Traced with one padding, right with another."""
+    model, x = _Around(patched(encoder())), torch.randn(BATCH, LENGTH, EMBED)
+    first, second = PADDINGS["right"], PADDINGS["holes"]
+    if tracer == "fx":
+        traced: Any = torch.fx.symbolic_trace(model)
+    elif tracer == "make_fx":
+        traced = make_fx(model)(x, first)
+    else:
+        traced = torch.jit.trace(model, (x, first), check_trace=False)
+    torch.testing.assert_close(traced(x, second)[~second], model(x, second)[~second])
+
+
+def test_forward_derivatives_and_transforms() -> None:
+    stack = patched(encoder()).requires_grad_(False)
+    x, along = torch.randn(2, BATCH, LENGTH, EMBED)
+    padding = PADDINGS["right"]
+
+    def call(src: Tensor) -> Tensor:
+        return stack(src, src_key_padding_mask=padding)[~padding]
+
+    wide = copy.deepcopy(stack).double()
+    step = 1e-6 * along.double()
+    wanted = sum(sign * wide(x.double() + sign * step, src_key_padding_mask=padding) for sign in (1, -1)) / 2e-6
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(call(forward_ad.make_dual(x, along))).tangent
+    for found in (tangent, torch.func.jvp(call, (x,), (along,))[1]):
+        torch.testing.assert_close(found.double(), wanted[~padding], rtol=1e-3, atol=1e-3)
+    gradient = torch.func.grad(lambda src: call(src).square().sum())(x)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(gradient, torch.autograd.grad(call(leaf).square().sum(), leaf)[0], rtol=1e-4, atol=1e-4)

@@ -23,7 +23,7 @@ LAYERS = (
     ("fastattn.reference", "fastattn.reference_additive", "fastattn.reference_lstm",
      "fastattn.reference_layer_norm_lstm"),
     ("fastattn.kernels",),
-    ("fastattn.philox", "fastattn.debug"),
+    ("fastattn.philox", "fastattn.debug", "fastattn.transforms"),
 )  # fmt: skip
 
 

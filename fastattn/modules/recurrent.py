@@ -61,11 +61,6 @@ def without_autocast(device_type: str) -> Any:
     return torch.autocast(device_type, enabled=False) if autocast_enabled(device_type) else contextlib.nullcontext()
 
 
-def transformed() -> bool:
-    """Whether the call is inside a transform of ``torch.func``."""
-    return torch._C._are_functorch_transforms_active()
-
-
 def layer(
     backend: Backend, input: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -141,10 +141,10 @@ def attention_dquery(
 @triton.jit
 def _walk_queries(
     dkeys, dvalues, keys, key_rows, values, value_rows, begin, end, b, h, first_column, query, dout, logsumexp, delta,
-    dweights, scale, masks, dropout, shape, F: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dweights, scale, masks, dropout, shape, F: tl.constexpr, EDGE: tl.constexpr, OF_KEY: tl.constexpr,
+    OF_VALUE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add the queries [begin, end) of one head to (dkeys, dvalues)."""
+    """Add the queries [begin, end) of one head to dkeys if OF_KEY, and to dvalues if OF_VALUE."""
     first_place = number_of_row(b, h, 0, shape)
     for first_row in tl.range(begin, end, BLOCK_M):
         row = first_row + tl.arange(0, BLOCK_M)
@@ -161,8 +161,9 @@ def _walk_queries(
         if dout.pointer is not None:
             dout_rows = Rows(dout, b, h, first_row, shape.rows)
             douts = load_rows(dout_rows, DIM, BLOCK_M, BLOCK_D)
-            dproduct = product_tile(values, value_rows, douts, dout_rows, F, DIM, BLOCK_N, BLOCK_M)
-            deltas = tl.load(delta + first_place + row, mask=inside, other=0.0)
+            if OF_KEY:
+                dproduct = product_tile(values, value_rows, douts, dout_rows, F, DIM, BLOCK_N, BLOCK_M)
+                deltas = tl.load(delta + first_place + row, mask=inside, other=0.0)
         score, slope = score_tile(
             product, b, h, first_row, first_column, scale, masks, shape, F, EDGE, BLOCK_M, BLOCK_N, True
         )
@@ -170,11 +171,12 @@ def _walk_queries(
             score, pivot[None, :], rest[None, :], deltas[None, :], dproduct, dweights, b, h, first_row, first_column,
             shape, dropout, F, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
-        if dout.pointer is not None:
+        if OF_VALUE:
             dvalues = tl.dot(weight.to(douts.dtype), douts, dvalues, input_precision=F.precision)
-        if F.softcap:
-            dscore *= slope
-        dkeys = tl.dot(dscore.to(queries.dtype), queries, dkeys, input_precision=F.precision)
+        if OF_KEY:
+            if F.softcap:
+                dscore *= slope
+            dkeys = tl.dot(dscore.to(queries.dtype), queries, dkeys, input_precision=F.precision)
     return dkeys, dvalues
 
 
@@ -183,7 +185,10 @@ def attention_dkey_dvalue(
     query, key, value, dout, dweights, logsumexp, delta, dkey, dvalue, scale, score_scale, masks, dropout, shape,
     packed, F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dkey, dvalue (B, H / group, S, D): one program owns BLOCK_N keys of one key head and all its query heads."""
+    """dkey, dvalue (B, H / group, S, D): one program owns BLOCK_N keys of one key head and all its query heads.
+
+    Either may be absent, its pointer None; without dkey, value and delta are not read.
+    """
     tiles = tl.cdiv(shape.columns, BLOCK_N)
     key_heads = shape.heads // shape.group
     program = tl.program_id(0)
@@ -198,13 +203,18 @@ def attention_dkey_dvalue(
         query, dout = from_row(query, first_query), from_row(dout, first_query)
         logsumexp, delta = logsumexp + first_query, delta + first_query
         key, value = from_row(key, first_key), from_row(value, first_key)
-        dkey, dvalue = from_row(dkey, first_key), from_row(dvalue, first_key)
+        if dkey.pointer is not None:
+            dkey = from_row(dkey, first_key)
+        if dvalue.pointer is not None:
+            dvalue = from_row(dvalue, first_key)
 
     key_rows = Rows(key, b, kh, first_column, shape.columns)
     keys = load_rows(key_rows, DIM, BLOCK_N, BLOCK_D)
     value_rows = Rows(value, b, kh, first_column, shape.columns)
     values = keys
-    if value.pointer is not None:
+    of_key: tl.constexpr = dkey.pointer is not None
+    of_value: tl.constexpr = dvalue.pointer is not None
+    if of_key and value.pointer is not None:
         values = load_rows(value_rows, DIM, BLOCK_N, BLOCK_D)
     dkeys = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dvalues = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -220,16 +230,17 @@ def attention_dkey_dvalue(
         if F.split:
             dkeys, dvalues = _walk_queries(
                 dkeys, dvalues, keys, key_rows, values, value_rows, whole, end, b, h, first_column, query, dout,
-                logsumexp, delta, dweights, score_scale, masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M,
-                BLOCK_N,
+                logsumexp, delta, dweights, score_scale, masks, dropout, shape, F, False, of_key, of_value, DIM,
+                BLOCK_D, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         if F.has_lower or F.has_upper or not F.split:
             dkeys, dvalues = _walk_queries(
                 dkeys, dvalues, keys, key_rows, values, value_rows, begin, whole, b, h, first_column, query, dout,
-                logsumexp, delta, dweights, score_scale, masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M,
-                BLOCK_N,
+                logsumexp, delta, dweights, score_scale, masks, dropout, shape, F, True, of_key, of_value, DIM,
+                BLOCK_D, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
-    store_rows(Rows(dkey, b, kh, first_column, shape.columns), dkeys * scale, DIM, BLOCK_N, BLOCK_D)
-    if dvalue.pointer is not None:
+    if of_key:
+        store_rows(Rows(dkey, b, kh, first_column, shape.columns), dkeys * scale, DIM, BLOCK_N, BLOCK_D)
+    if of_value:
         store_rows(Rows(dvalue, b, kh, first_column, shape.columns), dvalues, DIM, BLOCK_N, BLOCK_D)

@@ -14,7 +14,8 @@ class Tile:
     """Queries and keys of a tile, warps of a program, stages of the load pipeline, and registers of a thread.
 
     With None the assembler chooses how many; it may then spill a few bytes so that two programs fit where one did.
-    ``ahead``: the forward kernel starts the scores of the next tile before the softmax of this one.
+    ``ahead``: the forward kernel starts the scores of the next tile before the softmax of this one. ``apart``: dkey and
+    dvalue get a launch each, which computes the scores once more and holds one of them in registers, not both.
     """
 
     block_m: int
@@ -23,6 +24,7 @@ class Tile:
     stages: int = 2
     registers: int | None = None
     ahead: bool = False
+    apart: bool = False
 
 
 KERNELS = ("forward", "delta", "dquery", "dkey_dvalue", "dmask", "weights")
@@ -48,10 +50,10 @@ def block_d(head_dim: int) -> int:
 # Kernel -> tile, by the block of the head dimension it is for (the first that is large enough) in ascending order.
 # "plain" calls draw no dropout, load no mask and follow no window; "heavy" ones pay for that in registers. The choices
 # are the largest of those tried that spill nothing on sm_80, sm_90 and sm_100 (the budget table, benchmarks/budget.py).
-# wgmma needs 64 rows of its product: queries in most kernels, keys in dkey_dvalue. Heavy dkey_dvalue and dmask above
-# 128 spill 16 to 244 bytes with as many, on one architecture or another, and use mma.sync (dmask not on sm_90, below).
+# wgmma needs 64 rows of its product: queries in most kernels, keys in dkey_dvalue. With as many, heavy dkey_dvalue and
+# dmask above 128 would spill 16 to 244 bytes on one architecture or another.
 _HALF_PLAIN = {
-    "forward": {64: Tile(128, 64, 8), 128: Tile(64, 64, 8), 256: Tile(64, 32, 8)},
+    "forward": {64: Tile(128, 64, 8), 128: Tile(64, 64, 8, 2, 255), 256: Tile(64, 32, 8)},
     "dquery": {64: Tile(64, 64, 8), 128: Tile(64, 64, 8), 256: Tile(64, 32, 8)},
     "dkey_dvalue": {128: Tile(32, 64, 8), 256: Tile(16, 64, 8)},
     "weights": {128: Tile(64, 64, 8), 256: Tile(64, 32, 8)},
@@ -67,16 +69,18 @@ _HALF_HEAVY = {
 # and the softmax of all of it twice. On paper (benchmarks/paper_model.py), at head dimension 128 and without overlap,
 # the tiles above allow 245 TFLOP/s forward and 219 for dquery, these 457.
 # Started ahead, the scores of 64 keys are computed during all exponentials of the 64 before (34 of 34 in the table);
-# of 128 keys, or at 256, there are not the registers for it.
+# of 128 keys, or at 256, there are not the registers for it. At 256 dkey and dvalue together leave room for 16 queries
+# of 64 keys, of whose products a third is thrown away: 138 TFLOP/s on paper. Apart, each in 32 queries of 128 keys,
+# they take 0.45 of that time, though the scores are computed twice.
 _HOPPER_PLAIN = {
     "forward": {128: Tile(128, 64, 8, ahead=True), 256: Tile(128, 64, 8)},
     "dquery": {128: Tile(128, 64, 8), 256: Tile(128, 32, 8)},
-    "dkey_dvalue": {64: Tile(64, 128, 8), 128: Tile(32, 128, 8), 256: Tile(16, 64, 8)},
+    "dkey_dvalue": {64: Tile(64, 128, 8), 128: Tile(32, 128, 8), 256: Tile(32, 128, 8, apart=True)},
 }
 _HOPPER_HEAVY = {
     "forward": {128: Tile(128, 64, 8, 2, 255), 256: Tile(128, 32, 8, 2, 255)},
     "dquery": {128: Tile(64, 32, 4, 2, 255), 256: Tile(128, 16, 8, 2, 255)},
-    "dkey_dvalue": {128: Tile(16, 64, 4, 2, 255), 256: Tile(64, 16, 8, 2, 255)},
+    "dkey_dvalue": {128: Tile(16, 64, 4, 2, 255), 256: Tile(16, 128, 8, 2, 255, apart=True)},
     "dmask": {128: Tile(64, 16, 4, 1, 255), 256: Tile(64, 16, 8, 2, 255)},
 }
 # Without tensor cores (IEEE float32) the operands of a product live in registers: small tiles, and small pieces.

@@ -124,9 +124,12 @@ class Problem:
         reach = self.rows + self.columns
         return 0 if bound is None else min(max(bound, -reach), reach)
 
+    def tile(self, name: str) -> config.Tile:
+        return config.tile(name, self.dtype, self.head_dim, heavy=self.heavy, arch=architecture(self.device))
+
     def launch(self, name: str, kernel: Any, programs: Callable[[config.Tile], int], **arguments: Any) -> None:
         """Run one kernel with the tile chosen for it; ``programs`` gives the size of the grid."""
-        tile = config.tile(name, self.dtype, self.head_dim, heavy=self.heavy, arch=architecture(self.device))
+        tile = self.tile(name)
         features = replace(self.features, ahead=True) if tile.ahead else self.features
         with on(self.device):
             kernel[(programs(tile),)](
@@ -274,13 +277,16 @@ def _launch_gradients(
         **common, dquery=_heads(dquery), dlogsumexp=dlogsumexp, scale=shared.scale, score_scale=shared.score_scale,
         packed=shared.packed,
     )  # fmt: skip
-    shared.launch(
-        "dkey_dvalue",
-        backward.attention_dkey_dvalue,
-        lambda tile: triton.cdiv(shared.columns, tile.block_n) * shared.batch * shared.key_heads,
-        **common, dkey=_heads(dkey), dvalue=_heads(dvalue), scale=shared.scale, score_scale=shared.score_scale,
-        packed=shared.packed,
-    )  # fmt: skip
+    apart = dvalue is not None and shared.tile("dkey_dvalue").apart
+    wanted: list[tuple[Tensor | None, Tensor | None]] = [(dkey, None), (None, dvalue)] if apart else [(dkey, dvalue)]
+    for of_key, of_value in wanted:
+        shared.launch(
+            "dkey_dvalue",
+            backward.attention_dkey_dvalue,
+            lambda tile: triton.cdiv(shared.columns, tile.block_n) * shared.batch * shared.key_heads,
+            **common, dkey=_heads(of_key), dvalue=_heads(of_value), scale=shared.scale, score_scale=shared.score_scale,
+            packed=shared.packed,
+        )  # fmt: skip
     for grad in masks:
         _launch_mask_gradient(shared, common, grad if grad.dim() == 4 else grad[:, None, None, :])
 
