@@ -74,7 +74,7 @@ check: setup
 budget: setup
 	$(RUN) -m benchmarks.budget
 
-# The CUDA kernels for the same, which fails where one spills: as long as nvcc takes, under a minute on two cores.
+# The CUDA kernels for the same, which fails where one spills: as long as nvcc takes, a minute and a half on two cores.
 cuda-check: setup
 	$(RUN) -m benchmarks.cuda_budget
 
