@@ -87,13 +87,11 @@ def additive_attention(
 def _choose(query: Tensor) -> str | None:
     """The operator's backend, "triton" or "tiled"; None for the eager definition."""
     forced, device_type = dispatch.forced_backend(), query.device.type
+    if forced is Backend.REFERENCE or (forced is None and transforms.transformed()):
+        return None
     if forced is None:
-        if transforms.transformed():
-            return None
         able = launch.verified(device_type) and launch.why_not(device_type, query.dtype) is None
         return "triton" if able else "tiled"
-    if forced is Backend.REFERENCE:
-        return None
     reason = None
     if transforms.transformed():
         reason = transforms.REASON

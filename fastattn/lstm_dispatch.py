@@ -24,16 +24,13 @@ _BECAUSE = {
 }
 
 
-def why_not(name: Backend, device_type: str, dtype: torch.dtype, transformed: bool = False) -> str | None:
-    """The reason ``name`` cannot serve a call with tensors of this device and dtype; None when it can.
-
-    ``transformed``: see ``fastattn.transforms``.
-    """
+def why_not(name: Backend, device_type: str, dtype: torch.dtype) -> str | None:
+    """The reason ``name`` cannot serve a call with tensors of this device and dtype; None when it can."""
     if name not in LSTM_BACKENDS:
         return f"it serves attention; an LSTM runs on {', '.join(LSTM_BACKENDS)}"
     if name is Backend.REFERENCE:
         return None
-    if transformed:
+    if transforms.transformed():
         return transforms.REASON
     if name is Backend.TORCH:
         return None
@@ -44,7 +41,7 @@ def why_not(name: Backend, device_type: str, dtype: torch.dtype, transformed: bo
     return extension.why_unavailable(name.value)
 
 
-def choose(device_type: str, dtype: torch.dtype, transformed: bool = False) -> Backend:
+def choose(device_type: str, dtype: torch.dtype) -> Backend:
     """The forced backend if there is one, else the first in the order of preference that can serve the call.
 
     Raises RuntimeError when a forced backend cannot serve it.
@@ -52,10 +49,10 @@ def choose(device_type: str, dtype: torch.dtype, transformed: bool = False) -> B
     forced = forced_backend()
     if forced is None:
         for name in _order(device_type):
-            if why_not(name, device_type, dtype, transformed) is None:
+            if why_not(name, device_type, dtype) is None:
                 return name
         return Backend.REFERENCE
-    reason = why_not(forced, device_type, dtype, transformed)
+    reason = why_not(forced, device_type, dtype)
     if reason is not None:
         raise RuntimeError(f'fastattn.backend("{forced}") cannot serve this call: {reason}')
     return forced
@@ -69,12 +66,12 @@ def _order(device_type: str) -> tuple[Backend, ...]:
     return (Backend.TORCH,)
 
 
-def explain(device_type: str, dtype: torch.dtype, transformed: bool = False) -> Explanation:
+def explain(device_type: str, dtype: torch.dtype) -> Explanation:
     """What ``choose`` takes, with the reasons; raises its errors."""
-    chosen, forced = choose(device_type, dtype, transformed), forced_backend()
+    chosen, forced = choose(device_type, dtype), forced_backend()
     because = _BECAUSE[chosen] if forced is None else f'forced by fastattn.backend("{forced}")'
     skipped = {
-        name: why_not(name, device_type, dtype, transformed) or _not_preferred(name, chosen)
+        name: why_not(name, device_type, dtype) or _not_preferred(name, chosen)
         for name in LSTM_BACKENDS
         if name is not chosen
     }

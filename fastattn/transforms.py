@@ -12,9 +12,4 @@ def transformed() -> bool:
     """Whether the call is inside ``torch.func``'s grad, jvp, vmap, ..., or ``torch.autograd.forward_ad``."""
     if torch._C._are_functorch_transforms_active():
         return True
-    return forward_mode()
-
-
-def forward_mode() -> bool:
-    """Whether the call is inside ``torch.autograd.forward_ad``, as it is in ``torch.func.jvp``."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0

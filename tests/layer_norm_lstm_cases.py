@@ -19,7 +19,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence
 
+import fastattn
 from fastattn import reference_layer_norm_lstm as reference
 
 _GRADIENT_FACTOR, _FACTOR, _ROUNDINGS = 3.0, 2.0, 4.0
@@ -166,3 +168,16 @@ def check(case: Case, call: Call = kernel) -> None:
 
 def _error(result: Tensor, oracle: Tensor) -> float:
     return float((result.double() - oracle).abs().max()) if oracle.numel() else 0.0
+
+
+def assert_as_the_definition(module: fastattn.LayerNormLSTM, packed: PackedSequence, backend: str) -> None:
+    """Outputs, states, cells and gradients of a module with noise, on ``backend`` and by the definition, alike."""
+    found = []
+    for name in (backend, "reference"):
+        torch.manual_seed(0)
+        with fastattn.backend(name):
+            out, states, cells = module(packed, return_all_states=True)
+        loss = out.data.square().sum() + cells.data.sin().sum() + states[0].sum()
+        found.append((out.data, *states, cells.data, *torch.autograd.grad(loss, list(module.parameters()))))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3 * float(expected.detach().abs().max()))

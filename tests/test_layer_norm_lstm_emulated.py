@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 from emulated_device import ops
-from layer_norm_lstm_cases import Case, check, evaluate, make_problem
+from layer_norm_lstm_cases import Case, assert_as_the_definition, check, evaluate, make_problem
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
-import fastattn
 from fastattn import Backend, LayerNormLSTM
 from fastattn import reference_layer_norm_lstm as reference
 from fastattn.kernels.layer_norm_lstm.extension import KERNELS, saved_floats
@@ -237,15 +236,7 @@ def test_packed_sequences_in_the_module(enforce_sorted: bool) -> None:
     module = LayerNormLSTM(3, 5, **options)
     lengths = (6, 4, 4, 1) if enforce_sorted else (1, 4, 6, 4)
     packed = pack_sequence([torch.randn(length, 3) for length in lengths], enforce_sorted=enforce_sorted)
-    found = []
-    for name in ("cpu", "reference"):
-        torch.manual_seed(0)
-        with fastattn.backend(name):
-            out, states, cells = module(packed, return_all_states=True)
-        loss = out.data.square().sum() + cells.data.sin().sum() + states[0].sum()
-        found.append((out.data, *states, cells.data, *torch.autograd.grad(loss, list(module.parameters()))))
-    for ours, expected in zip(*found, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3 * float(expected.detach().abs().max()))
+    assert_as_the_definition(module, packed, "cpu")
 
 
 # Each row: the place of an argument, what takes its place, the exception, what its message says.

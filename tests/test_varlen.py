@@ -13,29 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
+from varlen_cases import LSE, bounds, ints, packed
 
 import fastattn
-from fastattn import debug, varlen_eager
+from fastattn import varlen_eager
 from fastattn.dispatch import Backend
-from fastattn.kernels.attention import packed_launch
 from fastattn.testing import AttentionCase, Inputs, check, eager_call
 
-LSE = AuxRequest(lse=True)
 FUZZ = settings(max_examples=int(os.environ.get("FASTATTN_FUZZ", "40")))
-
-
-def ints(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=DEVICE)
-
-
-def bounds(lengths: list[int]) -> Tensor:
-    return ints(0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist())
-
-
-def packed(rows: list[int], columns: list[int], heads: int = 4, key_heads: int = 2, **kwargs: Any) -> list[Tensor]:
-    """query, key, value."""
-    sizes = ((sum(rows), heads, 8), (sum(columns), key_heads, 8), (sum(columns), key_heads, 8))
-    return [torch.randn(size, device=DEVICE, **kwargs) for size in sizes]
 
 
 def between(before: tuple[list[int], list[int]], after: tuple[list[int], list[int]]) -> Any:
@@ -155,51 +140,6 @@ def test_second_derivative() -> None:
         assert torch.autograd.gradgradcheck(call, leaves)
 
 
-TRITON = pytest.mark.skipif(Backend.TRITON not in KERNELS, reason="needs Triton on this device")
-
-
-@TRITON
-def test_second_derivative_of_the_kernel() -> None:
-    leaves = [tensor.requires_grad_() for tensor in packed([2, 0, 3], [3, 1, 2])]
-    arguments = (bounds([2, 0, 3]), bounds([3, 1, 2]), 3, 3)
-    results = []
-    for backend in ("triton", "reference"):
-        with fastattn.backend(backend):
-            out, lse = fastattn.varlen_attention(*leaves, *arguments, return_aux=LSE, enable_gqa=True)
-            first = torch.autograd.grad(out.square().sum() + lse.square().sum(), leaves, create_graph=True)
-            results.append((*first, *torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-
-
-@TRITON
-@pytest.mark.parametrize("name", ["cu_seq_q", "cu_seq_k", "seqused_k"])
-def test_bad_boundaries_lead_nowhere(name: str) -> None:
-    """Where they are not checked, on a GPU outside ``debug_checks``: no address outside, no number of nobody."""
-    query, key, value = packed([3, 20, 5], [5, 20, 9])
-    good = {"cu_seq_q": bounds([3, 20, 5]), "cu_seq_k": bounds([5, 20, 9]), "seqused_k": ints(5, 20, 9)}
-    for numbers in ((-7, 2**30, -(2**30), 40), (30, 20, 10, 0), (5, 5, 5, 5), (0, 28, 2**30, 2**31 - 1)):
-        bad = good | {name: ints(*numbers[: len(good[name])])}
-        sequences = (*bad.values(), 20, 20, 0.3, None, 0)
-        out, logsumexp = packed_launch.packed_attention(query, key, value, *sequences)
-        grads = packed_launch.packed_attention_backward(out, None, query, key, value, out, logsumexp, *sequences)
-        assert all(tensor.isfinite().all() for tensor in (out, *grads))
-        assert not logsumexp.isnan().any()
-
-
-@TRITON
-def test_the_kernel_reads_nothing_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pack is a launch or two, whatever the lengths: no boundary is waited for."""
-    tensors = [tensor.requires_grad_() for tensor in packed([3, 20, 0], [5, 20, 2])]
-    arguments = (bounds([3, 20, 0]), bounds([5, 20, 2]), 20, 20)
-    monkeypatch.setattr(debug, "may_read", lambda tensor: False)
-    for method in ("tolist", "item", "__bool__", "__int__", "cpu"):
-        monkeypatch.setattr(Tensor, method, lambda self, *_: pytest.fail("a tensor is read"))
-    with fastattn.backend("triton"):
-        out = fastattn.varlen_attention(*tensors, *arguments, window_size=(-1, 0), enable_gqa=True)
-        torch.autograd.grad(out, tensors, torch.ones_like(out))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_used_keys_and_pages(dtype: torch.dtype, backend: str) -> None:
@@ -228,19 +168,6 @@ def test_used_keys_and_pages(dtype: torch.dtype, backend: str) -> None:
     for results in (found, paged):
         for one, other in zip(results, wanted, strict=True):
             torch.testing.assert_close(one, other)
-
-
-@TRITON
-@pytest.mark.parametrize("used", [None, (4, 0, 3)])
-def test_opcheck_of_the_kernel(used: tuple[int, ...] | None) -> None:
-    tensors = [tensor.requires_grad_() for tensor in packed([3, 0, 4], [5, 2, 4])]
-    sequences = (bounds([3, 0, 4]), bounds([5, 2, 4]), None if used is None else ints(*used), 4, 5, 0.3, None, 0)
-    torch.library.opcheck(torch.ops.fastattn.packed_attention, (*tensors, *sequences))
-    plain = [tensor.detach() for tensor in tensors]
-    out, logsumexp = torch.ops.fastattn.packed_attention(*plain, *sequences)
-    grads = (torch.randn(7, 4, 8, device=DEVICE), torch.randn(2, 4, 7, device=DEVICE))
-    arguments = (*grads, *plain, out, logsumexp, *sequences)
-    torch.library.opcheck(torch.ops.fastattn.packed_attention_backward, arguments)
 
 
 @pytest.mark.parametrize("wanted", [None, LSE])

@@ -66,7 +66,6 @@ class TransformerEncoder(TorchTransformerEncoder):
         if (
             torch.compiler.is_compiling()
             or torch._C._get_tracing_state() is not None
-            or any(part.training for part in self.modules())
             or not torch.backends.mha.get_fastpath_enabled()
             or torch.is_autocast_enabled(src.device.type)
             or is_in_torch_dispatch_mode()
@@ -79,7 +78,8 @@ class TransformerEncoder(TorchTransformerEncoder):
             or not padding.any()
             or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (src, *self.parameters())))
             or _has_any_global_hook()
-            or any(part._forward_hooks or part._forward_pre_hooks for part in self.modules() if part is not self)
+            or self.training
+            or not all(_in_inference_unseen(part) for part in self.modules() if part is not self)
             or not all(map(_computes_as_torch, self.layers))
         ):
             return False
@@ -88,14 +88,14 @@ class TransformerEncoder(TorchTransformerEncoder):
         return all(choose(request) is Backend.CPU for request in requests)
 
 
+def _in_inference_unseen(part: nn.Module) -> bool:
+    """Whether a part drops nothing, and nobody looks at what goes in or out, or has put another forward in."""
+    return not (part.training or part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
+
+
 def _computes_as_torch(layer: nn.Module) -> bool:
-    """Whether a layer is torch's, post-norm, around our attention, with no forward of its own anywhere."""
+    """Whether a layer is torch's, post-norm, around our attention."""
     if type(layer) is not TorchTransformerEncoderLayer or layer.norm_first:
         return False
     attention = layer.self_attn
-    return (
-        isinstance(attention, MultiheadAttention)
-        and attention.bias_k is None
-        and not attention.add_zero_attn
-        and not any("forward" in part.__dict__ for part in layer.modules())
-    )
+    return isinstance(attention, MultiheadAttention) and attention.bias_k is None and not attention.add_zero_attn

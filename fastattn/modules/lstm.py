@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
-from fastattn import lstm_dispatch, transforms
+from fastattn import lstm_dispatch
 from fastattn.dispatch import Backend, Explanation
 from fastattn.kernels.lstm import layer as kernels
 from fastattn.modules import recurrent
@@ -111,7 +111,7 @@ class LSTM(RNNBase):
         """
         weights = self._weights()
         data, *_, dtype = self._arguments(input, hx, weights)
-        return lstm_dispatch.explain(data.device.type, dtype or data.dtype, transforms.transformed())
+        return lstm_dispatch.explain(data.device.type, dtype or data.dtype)
 
     def _weights(self) -> list[Tensor]:
         """The weights as they are now: a parametrized one is computed, and read once for that reason."""
@@ -231,7 +231,7 @@ class LSTM(RNNBase):
         self, data: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, weights: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """out (T, B, D P) or (N, D P), h_n (layers D, B, P) and c_n (layers D, B, H)."""
-        backend = lstm_dispatch.choose(data.device.type, data.dtype, transforms.transformed())
+        backend = lstm_dispatch.choose(data.device.type, data.dtype)
         dropout = self.dropout if self.training else 0.0
         if backend is Backend.TORCH and (self.num_layers == 1 or dropout == 0.0):
             return kernels.torch_layers(self.num_layers, data, batch_sizes, h0, c0, weights)

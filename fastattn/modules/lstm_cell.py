@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import LSTMCell as TorchLSTMCell
 
-from fastattn import lstm_dispatch, transforms
+from fastattn import lstm_dispatch
 from fastattn.dispatch import Backend, Explanation
 from fastattn.modules import recurrent
 from fastattn.modules.recurrent import State
@@ -58,7 +58,7 @@ class LSTMCell(TorchLSTMCell):
         """
         weights = self._weights()
         input, _, _, _, dtype = self._arguments(input, hx, weights)
-        return lstm_dispatch.explain(input.device.type, dtype or input.dtype, transforms.transformed())
+        return lstm_dispatch.explain(input.device.type, dtype or input.dtype)
 
     def _weights(self) -> list[Tensor]:
         """The weights as they are now: a parametrized one is computed, and read once for that reason."""
@@ -95,7 +95,7 @@ class LSTMCell(TorchLSTMCell):
 
     @staticmethod
     def _step(input: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor]) -> State:
-        backend = lstm_dispatch.choose(input.device.type, input.dtype, transforms.transformed())
+        backend = lstm_dispatch.choose(input.device.type, input.dtype)
         if backend is Backend.TORCH:
             state: State = _lstm_cell(input, (h0, c0), *weights)
             return state
