@@ -18,6 +18,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "split_cpu.h"
+
 namespace fastattn {
 
 enum class Type : uint8_t { boolean, half, bfloat16, single, twice };
@@ -38,8 +40,6 @@ constexpr int64_t kKeyUnit = 32;
 // Rows and keys of one tile of the backward and weights kernels.
 constexpr int64_t kTileRows = 96;
 constexpr int64_t kTileKeys = 128;
-
-constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // What decides the probabilities P (B, H, L, S), and the dropout factors applied to them.
 struct Problem {
@@ -153,6 +153,7 @@ struct Kernels {
   void (*backward_task)(const Backward&, int64_t task, float* scratch);
   const LstmKernels* lstm;
   const LayerNormLstmKernels* layer_norm_lstm;
+  const SplitKernels* split;
 };
 
 // The table for this processor, or the one chosen by use_instruction_set.

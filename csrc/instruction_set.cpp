@@ -5,6 +5,7 @@
 
 #include "layer_norm_lstm_cpu.h"
 #include "lstm_cpu.h"
+#include "split_cpu.h"
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -26,6 +27,7 @@ struct Entry {
   std::string name;
   const Kernels* table;
   LstmForm bf16;
+  bool split = false;
 };
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -56,7 +58,7 @@ std::vector<Entry> find() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    if (has_amx_bf16()) entries.push_back({"avx512+amx", &avx512::table, LstmForm::tiles});
+    if (has_amx_bf16()) entries.push_back({"avx512+amx", &avx512::table, LstmForm::tiles, true});
     if (has_avx512_bf16()) entries.push_back({"avx512+bf16", &avx512::table, LstmForm::dots});
     entries.push_back({"avx512", &avx512::table, LstmForm::panels});
   }
@@ -64,6 +66,8 @@ std::vector<Entry> find() {
     entries.push_back({"avx2", &avx2::table, LstmForm::panels});
 #endif
   entries.push_back({"portable", &portable::table, LstmForm::panels});
+  // Emulates the products of bfloat16, slowly: for tests on processors without AMX.
+  entries.push_back({"portable+split", &portable::table, LstmForm::panels, true});
   return entries;
 }
 
@@ -84,6 +88,10 @@ const Kernels& kernels() { return *current().load()->table; }
 const LstmKernels& lstm_kernels() { return *kernels().lstm; }
 
 const LayerNormLstmKernels& layer_norm_lstm_kernels() { return *kernels().layer_norm_lstm; }
+
+const SplitKernels& split_kernels() { return *kernels().split; }
+
+bool has_split_products() { return current().load()->split; }
 
 LstmForm lstm_bf16() { return current().load()->bf16; }
 

@@ -2,6 +2,7 @@
 #include "attention_cpu.h"
 #include "layer_norm_lstm_cpu.h"
 #include "lstm_cpu.h"
+#include "split_cpu.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)

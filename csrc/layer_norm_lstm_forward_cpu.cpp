@@ -5,6 +5,7 @@
 #include <ATen/ops/mul.h>
 
 #include "layer_norm_lstm_layer.h"
+#include "split.h"
 
 namespace fastattn {
 
@@ -59,7 +60,7 @@ ForwardWalk::ForwardWalk(const LayerNormLstmArgs& args, bool keep, bool with_cel
       at::Tensor to = saved_product(0, d);
       at::mm_out(to, input, turned);
     } else {
-      product_x.push_back(at::mm(input, turned));
+      product_x.push_back(split_mm(input, turned));
       product_h.push_back(at::empty({s.batch, layer.columns()}, floats));
     }
     packed.push_back(pack_gates(layer.weight_h(args, d), s.hidden, LstmForm::panels));
@@ -146,7 +147,7 @@ void ForwardWalk::walk(const Part& part, Barrier& barrier, float* scratch) const
 LayerNormLstmForward layer_norm_lstm_forward_cpu(const LayerNormLstmArgs& args, bool save, bool all_cells) {
   const ForwardWalk walk(args, save, all_cells);
   const LstmShape& s = walk.layer.shape;
-  run_parts(s, [&](const Part& part, Barrier& barrier, float* scratch) { walk.walk(part, barrier, scratch); });
+  run_parts(s, LstmForm::panels, [&](const Part& part, Barrier& barrier, float* scratch) { walk.walk(part, barrier, scratch); });
 
   const auto type = args.input.scalar_type();
   std::vector<int64_t> sizes(args.input.sizes().begin(), args.input.sizes().end());

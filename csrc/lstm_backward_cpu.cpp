@@ -6,12 +6,12 @@
 // dW_hr = sum dh_t^T m_t, dx_t = dG_t W_ih.
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
 #include <cstring>
 
 #include "lstm_layer.h"
+#include "split.h"
 
 namespace fastattn {
 
@@ -52,10 +52,19 @@ struct BackwardLayer {
   void cell_gradient(const Part& part, int64_t t, int64_t later, Range rows, bool last, float* scratch) const;
 };
 
+// Measured: the left operand of the backward is four times as long as that of the forward, and is split in each step.
+static LstmForm backward_form(const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args) {
+  constexpr int64_t least_rows = 64;
+  std::vector<at::Tensor> gradients;
+  for (const auto& one : {grad.out, grad.h_n, grad.c_n})
+    if (one) gradients.push_back(*one);
+  return lstm_form(shape, args, least_rows, gradients);
+}
+
 BackwardLayer::BackwardLayer(
     const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& saved_gates,
     const at::Tensor& saved_cells)
-    : shape(cpu_shape(args)), form(lstm_form(shape, args)), gates(saved_gates), cells(saved_cells) {
+    : shape(cpu_shape(args)), form(backward_form(shape, grad, args)), gates(saved_gates), cells(saved_cells) {
   const LstmShape& s = shape;
   check_lstm_backward(s, grad, args, out, gates, cells);
   const auto floats = args.input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
@@ -208,7 +217,9 @@ LstmBackward lstm_backward_cpu(
     const at::Tensor& cells, LstmWanted wanted) {
   const BackwardLayer layer(grad, args, out, gates, cells);
   const LstmShape& s = layer.shape;
-  run_parts(s, [&](const Part& part, Barrier& barrier, float* scratch) { layer.walk(part, barrier, scratch); });
+  run_parts(s, layer.form, [&](const Part& part, Barrier& barrier, float* scratch) {
+    layer.walk(part, barrier, scratch);
+  });
 
   const auto type = args.input.scalar_type();
   const LstmForm form = layer.form;
@@ -221,28 +232,28 @@ LstmBackward lstm_backward_cpu(
   std::vector<at::Tensor> dweights, input_weights;
   for (int64_t d = 0; d < s.directions; ++d) {
     const at::Tensor dsums = layer.dsums.select(1, d), turned = dsums.t();
-    if (s.steps == 1) layer.dh0[d].copy_(at::mm(dsums, weight(d, 1)));
+    if (s.steps == 1) layer.dh0[d].copy_(split_mm(dsums, weight(d, 1)));
     if (wanted.input) input_weights.push_back(weight(d, 0));
     if (!wanted.weights) {
       dweights.resize(static_cast<size_t>((d + 1) * each));
       continue;
     }
-    dweights.push_back(at::mm(turned, input).to(type));
-    dweights.push_back(at::mm(turned, layer.states_before(d, states, h0)).to(type));
+    dweights.push_back(split_mm(turned, input).to(type));
+    dweights.push_back(split_mm(turned, layer.states_before(d, states, h0)).to(type));
     if (s.biases) {
       const at::Tensor dbias = dsums.sum(0).to(type);
       dweights.push_back(dbias);
       dweights.push_back(dbias.clone());
     }
     if (s.projection)
-      dweights.push_back(at::mm(layer.dh.narrow(1, d * s.state, s.state).t(),
+      dweights.push_back(split_mm(layer.dh.narrow(1, d * s.state, s.state).t(),
                                 layer.m.narrow(1, d * s.hidden, s.hidden)).to(type));
   }
   at::Tensor dinput;
   if (wanted.input) {
     const at::Tensor both = s.directions == 1 ? input_weights[0] : at::cat(input_weights);
     const at::Tensor dsums = layer.dsums.view({s.rows, s.directions * 4 * s.hidden});
-    dinput = at::mm(dsums, both).to(type).view(args.input.sizes());
+    dinput = split_mm(dsums, both).to(type).view(args.input.sizes());
   }
   return {dinput, layer.dh0.to(type), layer.dcell.narrow(2, 0, s.hidden).to(type).contiguous(), dweights};
 }

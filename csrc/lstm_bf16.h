@@ -65,26 +65,6 @@ static inline LstmLeft lstm_left_bf16(
   return {to, row};
 }
 
-// Tells AMX that all tiles are 16 rows of 64 bytes, for the scope of one step.
-class Tiles {
- public:
-  explicit Tiles(bool used) : used_(used) {
-    if (!used_) return;
-    alignas(64) uint8_t config[64] = {1};  // palette 1
-    for (int tile = 0; tile < 8; ++tile) {
-      config[16 + 2 * tile] = 64;
-      config[48 + tile] = 16;
-    }
-    __asm__ volatile("ldtilecfg %0" : : "m"(config));
-  }
-  ~Tiles() {
-    if (used_) __asm__ volatile("tilerelease");
-  }
-
- private:
-  bool used_;
-};
-
 struct HalfRows {
   const BFloat16* data;
   int64_t row;
@@ -175,8 +155,5 @@ static void lstm_pack_gates_bf16(const void*, int64_t, int64_t, int64_t, void*) 
 static void lstm_pack_columns_bf16(const void*, int64_t, int64_t, int64_t, void*) { __builtin_trap(); }
 static inline LstmLeft lstm_left_bf16(const BFloat16*, int64_t, int64_t, int64_t, float*) { __builtin_trap(); }
 static void lstm_multiply_bf16(LstmForm, int64_t, LstmLeft, int64_t, const BFloat16*, float*) { __builtin_trap(); }
-struct Tiles {
-  explicit Tiles(bool) {}
-};
 
 #endif

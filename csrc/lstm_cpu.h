@@ -16,26 +16,23 @@ namespace fastattn {
 constexpr int64_t kUnits = 16;                // of a block
 constexpr int64_t kGateColumns = 4 * kUnits;  // of a block's panel
 
-// Rows of one call at most: their sums, 64 columns each, stay in the first-level cache.
-constexpr int64_t kLstmRows = 48;
-
 // How a product is made, and so what its operands are.
 enum class LstmForm : uint8_t {
   panels,  // float32, weights packed into panels
   rows,    // float32, weights as the user has them; forward only, for few rows
+  split,   // float32 by split_cpu.h: right operands, the panel of 64 columns two blocks of them
   dots,    // bfloat16 with float32 sums, panels of lstm_bf16.h, by VDPBF16PS
   tiles,   // the same by AMX
 };
 
 constexpr bool is_half(LstmForm form) { return form >= LstmForm::dots; }
 
+// Rows of one product at most: their sums, 64 columns each, stay in the first-level cache.
+constexpr int64_t kLstmRows = 64;
+constexpr int64_t lstm_rows(LstmForm form) { return form == LstmForm::split ? 2 * kSplitBlock : 48; }
+
 // Numbers of a panel (K, 64) of bfloat16, K rounded up to 32.
 constexpr int64_t lstm_bf16_panel(int64_t depth) { return round_up(depth, 32) * kGateColumns; }
-
-struct Range {
-  int64_t begin, end;
-  bool empty() const { return begin >= end; }
-};
 
 // One step of one direction for some rows of the batch. Rows count from the first of the call: every pointer with a row
 // stride points at its row 0.
@@ -91,9 +88,10 @@ struct LstmProduct {
   int64_t start_row, start2_row, left_row, out_row;
 };
 
-// scratch: so many floats, aligned, of the calling thread alone. `depth` is the sum of the depths of a call's products.
+// scratch: so many floats, aligned, of the calling thread alone, for the sums and the left operands of all products of a
+// call, and one panel. `depth` is the sum of the depths of the products; a split operand has 3 halves of a float.
 constexpr int64_t lstm_scratch(int64_t depth) {
-  return kLstmRows * (kGateColumns + depth + 8 * kPad) + kGateColumns * depth;
+  return kLstmRows * (kGateColumns + (depth + 8 * kPad) * kSplitParts / 2) + kGateColumns * depth;
 }
 
 struct LstmKernels {

@@ -1,11 +1,11 @@
 // The forward of the CPU LSTM: packs the weights, walks over the steps. The arithmetic of a step is in lstm_tile.h.
 #include <ATen/ops/add.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
 #include "lstm_layer.h"
+#include "split.h"
 
 namespace fastattn {
 
@@ -48,7 +48,8 @@ bool input_product_first(const LstmShape& shape) {
 constexpr int64_t kFewRows = 64;
 
 LstmForm forward_form(const LstmShape& shape, const LstmArgs& args) {
-  const LstmForm form = lstm_form(shape, args);
+  // Measured: from so many rows on splitting gains; weights from the third-level cache have half as many bytes again.
+  const LstmForm form = lstm_form(shape, args, weight_bytes(shape) > kCacheBytes ? 48 : 32);
   return form == LstmForm::panels && shape.steps == 1 && shape.rows <= kFewRows ? LstmForm::rows : form;
 }
 
@@ -84,7 +85,7 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
         one.sums = at::empty({s.rows, 4 * s.units()}, floats);
       }
     } else if (input_product_first(s)) {
-      one.sums = at::addmm(one.bias, input, dense_float(weight[0]).t());
+      one.sums = split_linear(input, dense_float(weight[0]), one.bias);
     } else {
       one.weight_x = pack_gates(weight[0], s.hidden, form);
     }
@@ -192,7 +193,9 @@ void ForwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) cons
 LstmForward lstm_forward_cpu(const LstmArgs& args, bool save) {
   const ForwardLayer layer(args, save);
   const LstmShape& s = layer.shape;
-  run_parts(s, [&](const Part& part, Barrier& barrier, float* scratch) { layer.walk(part, barrier, scratch); });
+  run_parts(s, layer.form, [&](const Part& part, Barrier& barrier, float* scratch) {
+    layer.walk(part, barrier, scratch);
+  });
 
   const auto type = args.input.scalar_type();
   at::Tensor h_n = at::empty_like(layer.h0);

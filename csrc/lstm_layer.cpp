@@ -1,5 +1,7 @@
 #include "lstm_layer.h"
 
+#include "split.h"
+
 #include <ATen/ops/constant_pad_nd.h>
 
 #include <algorithm>
@@ -40,14 +42,40 @@ LstmShape cpu_shape(const LstmArgs& args) {
   return lstm_shape(args);
 }
 
-LstmForm lstm_form(const LstmShape& shape, const LstmArgs& args) {
-  const bool half = args.input.scalar_type() == at::kBFloat16 && !shape.projection;
-  return half ? lstm_bf16() : LstmForm::panels;
+// Whether the products among the steps may be split: their inputs can. What h and the gradients become stays within the
+// range: h is below 1 before a projection.
+static bool splits_steps(const LstmArgs& args, at::TensorList more) {
+  const auto fits = [](const at::Tensor& t) { return t.dim() == 1 || splits(dense_float(t)); };
+  return fits(args.input) && fits(args.h0) && std::all_of(args.weights.begin(), args.weights.end(), fits) &&
+         std::all_of(more.begin(), more.end(), fits);
+}
+
+LstmForm lstm_form(const LstmShape& shape, const LstmArgs& args, int64_t least_rows, at::TensorList gradients) {
+  if (args.input.scalar_type() == at::kBFloat16 && !shape.projection) return lstm_bf16();
+  const bool worthwhile = has_split_products() && shape.steps > 1 && shape.hidden >= kSplitBlock &&
+                          shape.rows >= shape.steps * least_rows;
+  return worthwhile && splits_steps(args, gradients) ? LstmForm::split : LstmForm::panels;
+}
+
+// Panels of two blocks of a right operand: pack(half, to) for each half of a block.
+template <class Pack>
+static Floats pack_right(int64_t count, int64_t depth, Pack pack) {
+  Floats packed(count * split_block(depth));
+  uint16_t* to = reinterpret_cast<uint16_t*>(packed.get());
+  for_each(count, count * split_block(depth) > kManyNumbers, [&](int64_t panel) {
+    for (int64_t half = panel * 4; half < panel * 4 + 4; ++half) pack(half, to + split_half(half, depth));
+  });
+  return packed;
 }
 
 Floats pack_gates(const at::Tensor& weight, int64_t hidden, LstmForm form) {
   const at::Tensor dense = operand(weight, form);
   const int64_t depth = dense.size(1), blocks = (hidden + kUnits - 1) / kUnits;
+  if (form == LstmForm::split)  // half a block is one gate
+    return pack_right(blocks, depth, [&](int64_t half, uint16_t* to) {
+      const float* gate = dense.const_data_ptr<float>() + half % 4 * hidden * depth;
+      split_kernels().pack_right({gate, hidden, depth, depth, 1}, half / 4, to);
+    });
   const LstmKernels& kernels = lstm_kernels();
   if (is_half(form)) {
     const int64_t panel = lstm_bf16_panel(depth);
@@ -68,6 +96,10 @@ Floats pack_gates(const at::Tensor& weight, int64_t hidden, LstmForm form) {
 Floats pack_columns(const at::Tensor& matrix, LstmForm form) {
   const at::Tensor dense = operand(matrix, form);
   const int64_t depth = dense.size(0), columns = dense.size(1), count = panels(columns);
+  if (form == LstmForm::split)
+    return pack_right(count, depth, [&](int64_t half, uint16_t* to) {
+      split_kernels().pack_right({dense.const_data_ptr<float>(), columns, depth, 1, columns}, half, to);
+    });
   if (is_half(form)) {
     const int64_t panel = lstm_bf16_panel(depth);
     Floats packed(count * panel / 2);
@@ -128,12 +160,13 @@ static std::vector<int64_t> row_cuts(const LstmShape& shape, int64_t count) {
   return cuts;
 }
 
-std::vector<Part> lstm_parts(const LstmShape& shape, int64_t threads) {
+std::vector<Part> lstm_parts(const LstmShape& shape, LstmForm form, int64_t threads) {
   std::vector<Part> parts;
   int64_t group = 0;
   // Weights that fit into a second-level cache may be read by every group; larger ones come from the third level at each
   // step, which only many rows are worth.
-  const int64_t least_rows = weight_bytes(shape) > kCacheBytes / 2 ? kRowsWorthWeights : kRowsOfATile;
+  const int64_t rows_of_a_tile = form == LstmForm::split ? kSplitBlock : kRowsOfATile;
+  const int64_t least_rows = weight_bytes(shape) > kCacheBytes / 2 ? kRowsWorthWeights : rows_of_a_tile;
   // Two directions run at the same time, unless the weights of one fit into the second-level caches of all threads only.
   const int64_t recurrent_bytes = 4 * shape.hidden * shape.state * static_cast<int64_t>(sizeof(float));
   const bool side_by_side =

@@ -32,8 +32,10 @@ Type lstm_type(at::ScalarType type);
 // lstm_shape, for tensors on the CPU.
 LstmShape cpu_shape(const LstmArgs& args);
 
-// How the products of a call are made, in the types of its tensors.
-LstmForm lstm_form(const LstmShape& shape, const LstmArgs& args);
+// How the products of a call are made, in the types of its tensors; `gradients` are operands, too. Products are split
+// where a step has `least_rows` on average.
+LstmForm lstm_form(
+    const LstmShape& shape, const LstmArgs& args, int64_t least_rows, at::TensorList gradients = {});
 
 // `tensor` contiguous, as bfloat16 where the form takes that, else as float32.
 inline at::Tensor operand(const at::Tensor& tensor, LstmForm form) {
@@ -78,7 +80,7 @@ struct Part {
 // Splits directions and rows over `threads`; rows by the steps they have, so that packed batches split evenly. No group
 // has so few rows that the weights it reads in a step are not worth it: then its units are split. Where the directions do
 // not run at the same time, each thread has a part of both, that of the first direction first.
-std::vector<Part> lstm_parts(const LstmShape& shape, int64_t threads);
+std::vector<Part> lstm_parts(const LstmShape& shape, LstmForm form, int64_t threads);
 
 // What may be expected of a second-level cache.
 constexpr int64_t kCacheBytes = int64_t{2} << 20;
@@ -106,7 +108,7 @@ class FlushDenormals {
 
 // Runs f(part, barrier, scratch) for every part, those of a group at the same time.
 template <class F>
-void run_parts(const LstmShape& shape, F f) {
+void run_parts(const LstmShape& shape, LstmForm form, F f) {
   const int64_t threads = std::max<int64_t>(at::get_num_threads(), 1);
   std::vector<Barrier> barriers(static_cast<size_t>(threads + shape.directions));
   const std::vector<Floats> scratch = [&] {
@@ -119,7 +121,7 @@ void run_parts(const LstmShape& shape, F f) {
   std::atomic<bool> ready{false};
   run_team(worthwhile ? threads : 1, [&](int64_t member, int64_t members) {
     const FlushDenormals flush;
-    const std::vector<Part> parts = lstm_parts(shape, members);
+    const std::vector<Part> parts = lstm_parts(shape, form, members);
     // The number of threads is known only now; the first one tells the barriers.
     if (member == 0) {
       for (const Part& part : parts) barriers[static_cast<size_t>(part.group)].set_members(part.members);

@@ -10,19 +10,6 @@ static inline vec sigmoid(vec x) { return reciprocal(1.0f + exp(x < -87.0f ? spl
 #include "lstm_cell.h"
 #undef FASTATTN_INLINE
 
-// Lanes [0, count) of a vector; the others are neither read nor written, and read as zero.
-static inline vec load_lanes(const float* p, int64_t count) {
-  if (count >= kLanes) return load(p);
-  float part[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) part[i] = p[i];
-  return load(part);
-}
-
-static inline void store_lanes(float* p, vec v, int64_t count) {
-  if (count >= kLanes) return store(p, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
-}
-
 static void lstm_pack_gates(
     const float* weight, int64_t row, int64_t hidden, int64_t depth, int64_t block, float* panel) {
   for (int64_t gate = 0; gate < 4; ++gate)
@@ -48,9 +35,6 @@ static void lstm_pack_gates(
 }
 
 // kLanes numbers of a saved type.
-typedef uint16_t half_words __attribute__((vector_size(kLanes * 2)));
-typedef uint32_t words __attribute__((vector_size(kLanes * 4)));
-
 static inline vec load_as(const float* p) { return load(p); }
 static inline vec load_as(const BFloat16* p) {
   half_words bits;
@@ -139,6 +123,14 @@ static inline LstmLeft lstm_left(
     to += round_up(rows, kTileRows) * left.row / 2;
     return left;
   }
+  if (form == LstmForm::split) {
+    const LstmLeft left{to, 0};
+    const SplitOperand operand{(const float*)from + first * from_row, rows, depth, from_row, 1};
+    for (int64_t half = 0; half * 16 < rows; ++half)
+      split_pack<true>(operand, half, (uint16_t*)to + split_half(half, depth));
+    to += split_blocks(rows) * split_block(depth) / 2;
+    return left;
+  }
   const int64_t row = round_up(depth, kPad) + kPad;
   const float* read = (const float*)from + first * from_row;
   for (int64_t r = 0; r < rows; ++r) {
@@ -151,13 +143,19 @@ static inline LstmLeft lstm_left(
   return left;
 }
 
-// sums (rows, 64) += left (rows, depth) times one panel of the weights; `columns` of it, a multiple of kPad, are there.
+// sums (rows, 64) = or += left (rows, depth) times one panel of the weights; `columns` of it, a multiple of kPad, are
+// there. What is not added to is zero unless products are split.
 static void lstm_multiply(
     LstmForm form, int64_t rows, int64_t columns, int64_t depth, LstmLeft left, const void* weight, int64_t panel,
-    float* sums) {
+    float* sums, bool add = true) {
   if (is_half(form)) {
     const BFloat16* from = (const BFloat16*)weight + panel * lstm_bf16_panel(depth);
     return lstm_multiply_bf16(form, rows, left, depth, from, sums);
+  }
+  if (form == LstmForm::split) {
+    const uint16_t* from = (const uint16_t*)weight + panel * 2 * split_block(depth);
+    return split_gemm(
+        {rows, columns, depth, (const uint16_t*)left.data, from, sums, kGateColumns, add, nullptr, false});
   }
   gemm<true>(rows, columns, depth, {(const float*)left.data, left.row, 1},
              (const float*)weight + panel * depth * kGateColumns, kGateColumns, sums, kGateColumns, true);
@@ -186,13 +184,14 @@ static void lstm_rows_of_weight(
 // W_hh h, and W_ih x where that is not among s.sums, of rows [row, row + rows) for one block, to the scratch (rows, 64).
 static void lstm_products(
     const LstmForwardStep& s, int64_t rows, int64_t block, LstmLeft input, LstmLeft h, float* products, float* panel) {
-  for (int64_t i = 0; i < round_up(rows, kUnits) * kGateColumns; i += kLanes) store(products + i, vec{});
+  if (s.form != LstmForm::split)
+    for (int64_t i = 0; i < round_up(rows, kUnits) * kGateColumns; i += kLanes) store(products + i, vec{});
   if (s.form == LstmForm::rows) {
     lstm_rows_of_weight(rows, s.inputs, input, s.weight_x, s.hidden, block, products, panel);
     return lstm_rows_of_weight(rows, s.state, h, s.weight_h, s.hidden, block, products, panel);
   }
+  lstm_multiply(s.form, rows, kGateColumns, s.state, h, s.weight_h, block, products, false);
   if (!s.sums) lstm_multiply(s.form, rows, kGateColumns, s.inputs, input, s.weight_x, block, products);
-  lstm_multiply(s.form, rows, kGateColumns, s.state, h, s.weight_h, block, products);
 }
 
 // What comes from memory for the state of a row is asked for so many rows ahead: lines far apart, which the processor
@@ -227,8 +226,8 @@ static inline void lstm_units(const LstmForwardStep& s, int64_t row, int64_t uni
 
 template <class Saved, class Out>
 static void lstm_forward_rows(const LstmForwardStep& s, Range blocks, float* products) {
-  for (int64_t row = 0; row < s.rows; row += kLstmRows) {
-    const int64_t rows = min(kLstmRows, s.rows - row);
+  for (int64_t row = 0; row < s.rows; row += lstm_rows(s.form)) {
+    const int64_t rows = min(lstm_rows(s.form), s.rows - row);
     float* scratch = products + kLstmRows * kGateColumns;
     const LstmLeft h = lstm_left(s.form, s.h, s.h_row, row, rows, s.state, scratch);
     const LstmLeft input =
@@ -244,7 +243,7 @@ static void lstm_forward_rows(const LstmForwardStep& s, Range blocks, float* pro
 }
 
 static void lstm_forward(const LstmForwardStep& s, Range blocks, float* scratch) {
-  const Tiles tiles(s.form == LstmForm::tiles);
+  const Tiles tiles(s.form == LstmForm::tiles || s.form == LstmForm::split);
   if (is_half(s.form)) return lstm_forward_rows<BFloat16, BFloat16>(s, blocks, scratch);
   with_saved_type(s.gates_type, [&](auto* type) { lstm_forward_rows<__typeof__(*type), float>(s, blocks, scratch); });
 }
@@ -295,8 +294,8 @@ static inline void lstm_units_backward(const LstmBackwardStep& s, int64_t row, i
 
 template <class Saved, class Sums>
 static void lstm_backward_rows(const LstmBackwardStep& s, Range panels, float* sums) {
-  for (int64_t row = 0; row < s.rows; row += kLstmRows) {
-    const int64_t rows = min(kLstmRows, s.rows - row);
+  for (int64_t row = 0; row < s.rows; row += lstm_rows(s.form)) {
+    const int64_t rows = min(lstm_rows(s.form), s.rows - row);
     float* scratch = sums + kLstmRows * kGateColumns;
     const LstmLeft left = s.left ? lstm_left(s.form, s.left, s.left_row, row, rows, s.depth, scratch) : LstmLeft{};
     for (int64_t i = panels.begin; i < panels.end; ++i) {
@@ -311,15 +310,15 @@ static void lstm_backward_rows(const LstmBackwardStep& s, Range panels, float* s
 }
 
 static void lstm_backward(const LstmBackwardStep& s, Range panels, float* scratch) {
-  const Tiles tiles(s.form == LstmForm::tiles);
+  const Tiles tiles(s.form == LstmForm::tiles || s.form == LstmForm::split);
   if (is_half(s.form)) return lstm_backward_rows<BFloat16, BFloat16>(s, panels, scratch);
   with_saved_type(s.gates_type, [&](auto* type) { lstm_backward_rows<__typeof__(*type), float>(s, panels, scratch); });
 }
 
 static void lstm_product(const LstmProduct& s, Range panels, float* sums) {
-  const Tiles tiles(s.form == LstmForm::tiles);
-  for (int64_t row = 0; row < s.rows; row += kLstmRows) {
-    const int64_t rows = min(kLstmRows, s.rows - row);
+  const Tiles tiles(s.form == LstmForm::tiles || s.form == LstmForm::split);
+  for (int64_t row = 0; row < s.rows; row += lstm_rows(s.form)) {
+    const int64_t rows = min(lstm_rows(s.form), s.rows - row);
     float* scratch = sums + kLstmRows * kGateColumns;
     const LstmLeft left = s.left ? lstm_left(s.form, s.left, s.left_row, row, rows, s.depth, scratch) : LstmLeft{};
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {

@@ -5,6 +5,8 @@
 
 typedef float vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t ivec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t words __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t half_words __attribute__((vector_size(kLanes * 2)));
 
 static inline vec load(const float* p) {
   vec v;
@@ -24,7 +26,7 @@ static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 constexpr float kInfinity = __builtin_inff();
 
-// exp(x) for x <= 88, within 2 units in the last place; 0 below the smallest normal result, NaN for NaN.
+// exp(x) for x <= 88, within 2 units in the last place; 0 below the smallest normal result, NaN for any NaN.
 //
 // x = n log 2 + r with |r| <= log 2 / 2. n is rounded by adding 1.5 * 2**23, which leaves it in the low bits. The
 // coefficients are the degree-6 minimax fit of exp on that interval with 1 and r fixed (relative error 3e-9).
@@ -41,7 +43,7 @@ __attribute__((always_inline)) static inline vec exp(vec x) {
   q = q * r + 0.4999999403953552f;
   const vec mantissa = (q * r) * r + r + 1.0f;
   const vec result = (vec)((ivec)mantissa + ((ivec)shifted << 23));
-  return x < -87.0f ? vec{} : result;
+  return x >= -87.0f ? result : max(vec{}, x);  // of what is not greater than 0, max keeps NaN
 }
 
 // 1 / x for normal x with a normal result, within 1 unit in the last place. The AVX-512 division of 16 numbers takes as
@@ -115,3 +117,16 @@ static inline void transpose(vec (&rows)[kLanes]) {
 }
 
 static inline float exp(float x) { return exp(splat(x))[0]; }
+
+// Lanes [0, count) of a vector; the others are neither read nor written, and read as zero.
+static inline vec load_lanes(const float* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  float part[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) part[i] = p[i];
+  return load(part);
+}
+
+static inline void store_lanes(float* p, vec v, int64_t count) {
+  if (count >= kLanes) return store(p, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+}

@@ -196,6 +196,17 @@ def test_softcaps_beyond_float() -> None:
     torch.testing.assert_close(one, torch.full_like(one, 1 / 7))
 
 
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001])
+def test_nan_of_any_payload_is_nan(bits: int) -> None:
+    """The exponent is added to the bits of a number: those of some NaN became finite."""
+    query, key = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 40, 8)
+    query[0, 1, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    out, _, weights = extension.attention_with_weights(query, key, key, None, *problem(), False)
+    assert out[0, 1, 3].isnan().all() and weights[0, 1, 3].isnan().all()
+    assert out.isnan().sum() == 8
+
+
 def test_segments_without_a_partner_are_empty_rows() -> None:
     query, key = torch.randn(2, 1, 3, 8), torch.randn(2, 1, 4, 8)
     arguments = problem(

@@ -1,0 +1,154 @@
+"""Float32 products by three bfloat16 parts (csrc/split_cpu.h): in float32's error, or torch's own where they cannot be."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastattn
+from fastattn import testing_lstm
+from fastattn.kernels.attention import extension
+from fastattn.testing_lstm import LstmCase
+from test_lstm_op import eager
+
+_C = pytest.importorskip("fastattn._C")
+
+# The processor's own, where it has AMX, and the emulation that every processor has.
+SETS = [name for name in extension.instruction_sets() if name in ("avx512+amx", "portable+split")]
+
+
+@pytest.fixture(params=SETS)
+def split(request: pytest.FixtureRequest) -> Iterator[str]:
+    extension.use_instruction_set(request.param)
+    yield request.param
+    extension.use_instruction_set(extension.instruction_sets()[0])
+
+
+def errors(left: Tensor, right: Tensor) -> tuple[float, float]:
+    """Root mean square errors against float64 of ours and of torch's product."""
+    exact = left.double() @ right.double()
+    ours, theirs = _C.split_mm(left, right), left @ right
+    return tuple((result - exact).square().mean().sqrt().item() for result in (ours, theirs))  # type: ignore[return-value]
+
+
+def is_split(left: Tensor, right: Tensor) -> bool:
+    """Whether these are not torch's bits."""
+    return not torch.equal(_C.split_mm(left, right), left @ right)
+
+
+@pytest.mark.usefixtures("split")
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(512, 560),
+    columns=st.integers(128, 170),
+    depth=st.one_of(st.integers(32, 140), st.sampled_from((768, 769, 801))),
+    turned=st.tuples(st.booleans(), st.booleans()),
+    scale=st.sampled_from((1.0, 1e-9, 1e9)),
+    seed=st.integers(0, 2**31),
+)
+def test_error_of_float32(
+    rows: int, columns: int, depth: int, turned: tuple[bool, bool], scale: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    left, right = torch.randn(rows, depth) * scale, torch.randn(depth, columns)
+    if turned[0]:
+        left = left.t().contiguous().t()
+    if turned[1]:
+        right = right.t().contiguous().t()
+    assert is_split(left, right)
+    ours, theirs = errors(left, right)
+    assert ours <= 2 * theirs
+
+
+@pytest.mark.usefixtures("split")
+def test_exact_where_float32_is() -> None:
+    """Integers of 12 bits: every product and every sum is a float32, and the parts are exact."""
+    left, right = torch.randint(-(2**11), 2**11, (512, 64)).float(), torch.randint(-1, 2, (64, 128)).float()
+    assert torch.equal(_C.split_mm(left, right), left @ right)
+
+
+@pytest.mark.usefixtures("split")
+def test_a_view_and_a_bias() -> None:
+    wide = torch.randn(512, 200)
+    left, weight, bias = wide[:, 40:140], torch.randn(130, 100), torch.randn(130)
+    exact = left.double() @ weight.double().t() + bias.double()
+    difference = (_C.split_linear(left, weight, bias) - exact).abs().max().item()
+    assert difference <= 2 * (torch.nn.functional.linear(left, weight, bias) - exact).abs().max().item()
+
+
+@pytest.mark.usefixtures("split")
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda x: x[3, 5].fill_(float("inf")), id="infinity"),
+        pytest.param(lambda x: x[3, 5].fill_(float("nan")), id="nan"),
+        pytest.param(lambda x: x[3, 5].fill_(3e38), id="large"),
+        pytest.param(lambda x: x.mul_(1e-30), id="small"),
+    ],
+)
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_cannot_be_split_is_torchs_product(spoil: Callable[[Tensor], Tensor], side: int) -> None:
+    operands = [torch.randn(512, 64), torch.randn(64, 128)]
+    spoil(operands[side])
+    torch.testing.assert_close(
+        _C.split_mm(*operands), operands[0] @ operands[1], rtol=0, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.usefixtures("split")
+def test_zeros_and_other_types() -> None:
+    assert torch.equal(_C.split_mm(torch.zeros(512, 64), torch.randn(64, 128)), torch.zeros(512, 128))
+    for dtype in (torch.float64, torch.bfloat16):
+        left, right = torch.randn(512, 64).to(dtype), torch.randn(64, 128).to(dtype)
+        assert torch.equal(_C.split_mm(left, right), left @ right)
+
+
+# The LSTM whose steps are split: from 32 rows a step on forwards, from 64 backwards -----------------------------
+
+
+@pytest.mark.usefixtures("split")
+@pytest.mark.parametrize(
+    "case",
+    [
+        LstmCase(steps=3, batch=32, inputs=20, hidden=32),
+        LstmCase(steps=4, batch=64, inputs=33, hidden=40, directions=2),
+        LstmCase(steps=3, batch=67, inputs=64, hidden=50, projection=34),
+        LstmCase(steps=3, batch=81, inputs=7, hidden=49, bias=False, losses=("out", "h_n", "c_n")),
+        LstmCase(lengths=(9,) * 40 + (5,) * 41 + (1,) * 9, inputs=31, hidden=33, directions=2),
+        LstmCase(steps=3, batch=70, inputs=16, hidden=36, dtype=torch.float16),
+    ],
+    ids=str,
+)
+def test_lstm_in_the_error_budget(case: LstmCase) -> None:
+    testing_lstm.check(case, eager("cpu"))
+
+
+@pytest.mark.usefixtures("split")
+def test_lstm_of_numbers_that_cannot_be_split() -> None:
+    lstm = fastattn.LSTM(16, 32)
+    x = torch.randn(3, 32, 16)
+    x[1, 4] = float("inf")  # saturates gates of row 4 or makes them NaN; no other row may notice
+    with torch.no_grad():
+        out = lstm(x)[0]
+        wanted = torch.nn.LSTM(16, 32)
+        wanted.load_state_dict(lstm.state_dict())
+        torch.testing.assert_close(out, wanted(x)[0], equal_nan=True)
+
+
+@pytest.mark.usefixtures("split")
+def test_nan_with_any_payload_stays_nan() -> None:
+    """Rounding the bits 0x7fffffff to bfloat16 would give -0."""
+    lstm = fastattn.LSTM(16, 32)
+    c0 = torch.zeros(1, 32, 32)
+    payload = torch.tensor(struct.unpack("<i", struct.pack("<I", 0x7FFFFFFF))[0], dtype=torch.int32).view(torch.float32)
+    c0[0, 3, 7] = payload
+    with torch.no_grad():
+        out = lstm(torch.randn(3, 32, 16), (torch.zeros(1, 32, 32), c0))[0]
+    assert out[1:, 3].isnan().all()
+    assert not out[:, torch.arange(32) != 3].isnan().any()
