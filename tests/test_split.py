@@ -1,4 +1,4 @@
-"""Float32 products by three bfloat16 parts (csrc/split_cpu.h): in float32's error, or torch's own where they cannot be."""
+"""Float32 products by three bfloat16 parts (csrc/split_cpu.h): in float32's error, or torch's own."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_lstm_op import eager
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
 from fastattn import testing_lstm
 from fastattn.kernels.attention import extension
+from fastattn.modules.linear import linear
 from fastattn.testing_lstm import LstmCase
-from test_lstm_op import eager
 
 _C = pytest.importorskip("fastattn._C")
 
@@ -152,3 +154,54 @@ def test_nan_with_any_payload_stays_nan() -> None:
         out = lstm(torch.randn(3, 32, 16), (torch.zeros(1, 32, 32), c0))[0]
     assert out[1:, 3].isnan().all()
     assert not out[:, torch.arange(32) != 3].isnan().any()
+
+
+# The projections of the modules ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("split")
+def test_projection_in_inference() -> None:
+    x, weight, bias = torch.randn(2, 300, 128), torch.nn.Parameter(torch.randn(160, 128)), torch.randn(160)
+    for shift in (bias, None):
+        exact = torch.nn.functional.linear(x.double(), weight.double(), None if shift is None else shift.double())
+        theirs = torch.nn.functional.linear(x, weight, shift)
+        with torch.no_grad():
+            ours = linear(x, weight, shift)
+        assert not torch.equal(ours, theirs)
+        assert (ours - exact).square().mean() <= 4 * (theirs - exact).square().mean()
+        assert torch.equal(linear(x, weight, shift), theirs)  # with a gradient
+
+
+class Counted(Tensor):
+    """A subclass, which sees the functions it is given to."""
+
+
+@pytest.mark.usefixtures("split")
+def test_projection_is_torchs_where_more_than_numbers_is_asked_for() -> None:
+    x, weight, bias = torch.randn(2, 300, 128), torch.randn(160, 128), torch.randn(160)
+    torchs = torch.nn.functional.linear
+    assert not torch.equal(linear(x, weight, bias), torchs(x, weight, bias))
+    assert torch.equal(linear(x[:, :200], weight, bias), torchs(x[:, :200], weight, bias))
+    assert isinstance(linear(x.as_subclass(Counted), weight, bias), Counted)
+    with FlopCounterMode(display=False) as counter:
+        linear(x, weight, bias)
+    assert counter.get_total_flops() == 2 * 600 * 128 * 160
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, bias).dtype is torch.bfloat16
+    _, tangent = torch.func.jvp(lambda x: linear(x, weight, bias), (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, weight.sum(1).expand(2, 300, 160), rtol=1e-4, atol=1e-4)
+    traced = torch.jit.trace(lambda x: linear(x, weight, bias), x)
+    torch.testing.assert_close(traced(x + 1), torchs(x + 1, weight, bias))
+    assert linear(x.to("meta"), weight.to("meta"), bias.to("meta")).shape == (2, 300, 160)
+
+
+@pytest.mark.usefixtures("split")
+def test_module_in_inference() -> None:
+    ours, theirs = fastattn.MultiheadAttention(128, 4, batch_first=True), torch.nn.MultiheadAttention(128, 4)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 300, 128)
+    with torch.no_grad():
+        out, weights = ours.eval()(x, x, x)
+        wanted, wanted_weights = theirs.double().eval()(*[x.double().transpose(0, 1)] * 3)
+    torch.testing.assert_close(out, wanted.transpose(0, 1).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights, wanted_weights.float(), rtol=1e-5, atol=1e-6)

@@ -13,9 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from fastattn.dispatch import Explanation
 from fastattn.functional import explain, scaled_dot_product_attention
 from fastattn.modules import checks, masks, nested, projection
-
-# Bound at import: a program may rebind torch.nn.functional's.
-_linear = torch.nn.functional.linear
+from fastattn.modules.linear import linear
 
 
 class MultiheadAttention(TorchMultiheadAttention):
@@ -225,11 +223,11 @@ class MultiheadAttention(TorchMultiheadAttention):
         # The kernels write (B, L, H, D), or (L, B, H, D) as some of torch's do for such queries: merging is a view.
         merged = heads.transpose(1, 2).flatten(2)
         if batch_first:
-            return _linear(merged, self.out_proj.weight, self.out_proj.bias)
+            return linear(merged, self.out_proj.weight, self.out_proj.bias)
         time_first = merged.transpose(0, 1)
         if time_first.is_contiguous():
-            return _linear(time_first, self.out_proj.weight, self.out_proj.bias)
-        return _linear(merged, self.out_proj.weight, self.out_proj.bias).transpose(0, 1)
+            return linear(time_first, self.out_proj.weight, self.out_proj.bias)
+        return linear(merged, self.out_proj.weight, self.out_proj.bias).transpose(0, 1)
 
 
 def _as_batch_of_one(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

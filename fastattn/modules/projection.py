@@ -15,8 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Bound at import: a program may rebind torch.nn.functional's.
-_linear = torch.nn.functional.linear
+from fastattn.modules.linear import linear
 
 
 def packed(
@@ -27,7 +26,7 @@ def packed(
     The inputs are (B, L, E), or (L, B, E) without ``batch_first``.
     """
     if key is value and query is key:
-        return _heads(_linear(query, weight, bias), 3, heads, batch_first)
+        return _heads(linear(query, weight, bias), 3, heads, batch_first)
     if key is value:
         sources, counts = (query, key), (1, 2)
     elif query is key:
@@ -38,7 +37,7 @@ def packed(
     shifts = (None, None) if bias is None else torch.split(bias, rows)
     views = []
     for source, part, shift, count in zip(sources, torch.split(weight, rows), shifts, counts, strict=True):
-        views += _heads(_linear(source, part, shift), count, heads, batch_first)
+        views += _heads(linear(source, part, shift), count, heads, batch_first)
     return views
 
 
@@ -49,7 +48,7 @@ def separate(
     shifts = (None, None, None) if bias is None else bias.chunk(3)
     views = []
     for source, weight, shift in zip(inputs, weights, shifts, strict=True):
-        views += _heads(_linear(source, weight, shift), 1, heads, batch_first)
+        views += _heads(linear(source, weight, shift), 1, heads, batch_first)
     return views
 
 

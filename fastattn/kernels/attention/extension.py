@@ -30,6 +30,14 @@ def use_instruction_set(name: str) -> None:
         raise ValueError(f"instruction set: got {name!r}, this processor has {', '.join(instruction_sets())}")
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., K) weight (N, K)^T + bias (N), float32 without gradients; torch's product unless splitting is faster."""
+    rows = x.reshape(-1, x.shape[-1])
+    product = _extension.split_mm(rows, weight.t()) if bias is None else _extension.split_linear(rows, weight, bias)
+    result: Tensor = product.view(*x.shape[:-1], weight.shape[0])
+    return result
+
+
 # What the operators of ``op`` call. The extension takes the arguments that all of them share as one tuple, in the order
 # of ``op``; on the CPU it reads the seed without a synchronisation.
 _NO_WEIGHTS, _MEAN, _PER_HEAD = 0, 1, 2
