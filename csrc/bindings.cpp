@@ -131,6 +131,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   backward("lstm_backward", &lstm_backward);
   m.def("layer_norm_lstm_forward", &layer_norm_lstm_forward, Plain());
   m.def("layer_norm_lstm_backward", &layer_norm_lstm_backward, Plain());
+  m.def("has_split_products", &fastattn::has_split_products);
   m.def("split_mm", &fastattn::split_mm, Plain());
   m.def("split_linear", &fastattn::split_linear, Plain());
   m.def("instruction_sets", &fastattn::instruction_sets);

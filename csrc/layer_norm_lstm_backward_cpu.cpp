@@ -6,7 +6,6 @@
 #include <ATen/ops/zeros.h>
 
 #include "layer_norm_lstm_layer.h"
-#include "split.h"
 
 namespace fastattn {
 
@@ -193,8 +192,8 @@ LayerNormLstmBackward layer_norm_lstm_backward_cpu(
       return from_gate_rows(sums.narrow(0, place * units, 4 * units), s.hidden).view({-1}).to(type).clone();
     };
     const auto cell = [&](int64_t place) { return sums.narrow(0, place * units, s.hidden).to(type).clone(); };
-    dweights.push_back(in_order(split_mm(dx.t(), input)));
-    dweights.push_back(in_order(split_mm(dh.t(), walk.states_before(d, states, h0))));
+    dweights.push_back(in_order(at::mm(dx.t(), input)));
+    dweights.push_back(in_order(at::mm(dh.t(), walk.states_before(d, states, h0))));
     dweights.push_back(gates(0));
     dweights.push_back(gates(4));
     dweights.push_back(cell(12));
@@ -203,7 +202,7 @@ LayerNormLstmBackward layer_norm_lstm_backward_cpu(
       dweights.push_back(cell(13));
     }
     if (!input_grad) continue;
-    const at::Tensor through = split_mm(dx, single ? weight_x : gate_rows(weight_x, s.hidden));
+    const at::Tensor through = at::mm(dx, single ? weight_x : gate_rows(weight_x, s.hidden));
     dinput = d == 0 ? through : dinput.add_(through);
   }
   if (input_grad) dinput = dinput.to(type).view(args.input.sizes());

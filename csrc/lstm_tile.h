@@ -155,7 +155,7 @@ static void lstm_multiply(
   if (form == LstmForm::split) {
     const uint16_t* from = (const uint16_t*)weight + panel * 2 * split_block(depth);
     return split_gemm(
-        {rows, columns, depth, (const uint16_t*)left.data, from, sums, kGateColumns, add, nullptr, false});
+        {rows, columns, depth, (const uint16_t*)left.data, from, sums, kGateColumns, add, nullptr});
   }
   gemm<true>(rows, columns, depth, {(const float*)left.data, left.row, 1},
              (const float*)weight + panel * depth * kGateColumns, kGateColumns, sums, kGateColumns, true);

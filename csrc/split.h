@@ -25,9 +25,9 @@ class SplitMemory {
   std::unique_ptr<uint16_t, Free> memory_;
 };
 
-// Whether products of the tensor lose nothing by the split: it is float32, its numbers are finite and at most 2^64 in
-// size, and the largest is at least 2^-64, or all are 0. So the smallest parts neither overflow nor matter where they
-// underflow: what is lost is 2^-60 of the largest product.
+// Whether products of the tensor with others that split lose nothing by that: it is float32, its numbers are finite and at
+// most 2^62 in size, so that no product overflows, and the largest is at least 2^-40, or all are 0: the smallest parts of
+// the largest products are then far above 2^-126, below which AMX takes numbers for 0.
 bool splits(const at::Tensor& tensor);
 
 // out (M, N), rows of stride out_row, = left (M, K) right (K, N), plus a bias per column where there is one; `right` is

@@ -8,7 +8,9 @@
 // 2019). A product of two bfloat16 is exact in float32, and the sums are float32: the six products lose what one product
 // of float32 loses by its own rounding. AMX makes sixteen of them in the time that a core's vector units take for one.
 //
-// The sum holds for finite x of a size between 2^-102 and 2^126; see splits().
+// The sum holds for finite x of a size between 2^-102 and 2^126, and AMX takes what is below 2^-126 for 0: splits() says
+// which tensors fit. A state or gradient that fades below 2^-80 within a recurrence keeps fewer digits; an infinity that
+// arises there becomes NaN.
 //
 // An operand is packed in blocks: 32 rows of a left operand (M, K), 32 columns of a right one (K, N), zeros beyond them.
 // A block is (3 parts, K / 32 rounded up, 2, 512 numbers), the parts from large to small; 512 numbers are one tile of
@@ -55,7 +57,6 @@ struct SplitProduct {
   int64_t out_row;
   bool accumulate;
   const float* bias;  // (columns), or null
-  bool last;          // nothing is added to `out` soon
 };
 
 struct SplitKernels {
@@ -63,7 +64,7 @@ struct SplitKernels {
   // operand begin its blocks, the odd ones stand a tile behind.
   void (*pack_left)(const SplitOperand&, int64_t half, uint16_t* to);
   void (*pack_right)(const SplitOperand&, int64_t half, uint16_t* to);
-  // Best where the left operand stays in the second-level cache.
+  // Not accumulating, to an `out` larger than the caches; best where the left operand stays in the second-level one.
   void (*product)(const SplitProduct&);
   // The bits of the largest of the sizes of `count` numbers; NaN is the largest of all.
   uint32_t (*largest)(const float*, int64_t count);

@@ -210,30 +210,33 @@ static void split_copy(
     }
 }
 
-// Adds up kSplitSteps steps from step t on for the block of rows from m and of columns from n on.
+// Adds up to `steps` steps from step t on for the block of rows from m and of columns from n on.
 static inline void split_chunk(
-    const SplitProduct& p, int64_t m, int64_t n, int64_t t, int64_t rows, float* sums, int64_t sums_row, bool add) {
+    const SplitProduct& p, int64_t m, int64_t n, int64_t t, int64_t steps, int64_t rows, float* sums, int64_t sums_row,
+    bool add) {
   const int64_t block = split_block(p.depth), step = t * 2 * kSplitTile;
   (rows > 16 ? split_multiply<2> : split_multiply<1>)(
       p.left + m / kSplitBlock * block + step, p.right + n / kSplitBlock * block + step, block / kSplitParts,
-      min(kSplitSteps, split_depth(p.depth) - t), sums, sums_row, add);
+      min(steps, split_depth(p.depth) - t), sums, sums_row, add);
 }
 
 // Within the scope of Tiles; p.out is in a cache.
 static void split_gemm(const SplitProduct& p) {
   alignas(64) float edge[kSplitBlock * kSplitBlock];
+  // One block of rows leaves nothing of the right operand to be read again.
+  const int64_t steps = p.rows > kSplitBlock ? kSplitSteps : split_depth(p.depth);
   for (int64_t n = 0; n < p.columns; n += kSplitBlock)
-    for (int64_t t = 0; t < split_depth(p.depth); t += kSplitSteps)
+    for (int64_t t = 0; t < split_depth(p.depth); t += steps)
       for (int64_t m = 0; m < p.rows; m += kSplitBlock) {
         const int64_t rows = min(kSplitBlock, p.rows - m), columns = min(kSplitBlock, p.columns - n);
         float* out = p.out + m * p.out_row + n;
         const bool add = p.accumulate || t > 0;
         if (columns == kSplitBlock && rows % 16 == 0) {
-          split_chunk(p, m, n, t, rows, out, p.out_row, add);
+          split_chunk(p, m, n, t, steps, rows, out, p.out_row, add);
           continue;
         }
         if (add) split_copy(out, p.out_row, rows, columns, nullptr, edge, kSplitBlock);
-        split_chunk(p, m, n, t, rows, edge, kSplitBlock, add);
+        split_chunk(p, m, n, t, steps, rows, edge, kSplitBlock, add);
         split_copy(edge, kSplitBlock, rows, columns, nullptr, out, p.out_row);
       }
 }
@@ -247,24 +250,29 @@ static inline void stream(float* to, vec x) {
 #endif
 }
 
+// Orders what was streamed before what this thread writes later.
+static inline void stream_end() {
+#if defined(FASTATTN_AVX512)
+  __asm__ volatile("sfence" : : : "memory");
+#endif
+}
+
 // The same for an `out` that is larger than the caches. Its sums are complete before they are written, around the caches
 // where that can be: waiting for each of its lines would take as long as the products.
 static void split_product(const SplitProduct& p) {
   const Tiles configured(true);
   constexpr int64_t most_rows = 256;  // 32 kB of sums
   alignas(64) float panel[most_rows * kSplitBlock];
-  const bool around = p.last && p.out_row % 16 == 0 && (uintptr_t)p.out % 64 == 0;
+  const bool around = p.out_row % 16 == 0 && (uintptr_t)p.out % 64 == 0;
   for (int64_t n = 0; n < p.columns; n += kSplitBlock)
     for (int64_t first = 0; first < p.rows; first += most_rows) {
       const int64_t end = min(p.rows, first + most_rows), columns = min(kSplitBlock, p.columns - n);
       const float* bias = p.bias ? p.bias + n : nullptr;
       float* out = p.out + first * p.out_row + n;
-      if (p.accumulate) split_copy(out, p.out_row, end - first, columns, nullptr, panel, kSplitBlock);
       for (int64_t t = 0; t < split_depth(p.depth); t += kSplitSteps)
         for (int64_t m = first; m < end; m += kSplitBlock)
           split_chunk(
-              p, m, n, t, min(kSplitBlock, end - m), panel + (m - first) * kSplitBlock, kSplitBlock,
-              p.accumulate || t > 0);
+              p, m, n, t, kSplitSteps, min(kSplitBlock, end - m), panel + (m - first) * kSplitBlock, kSplitBlock, t > 0);
       if (!around || columns < kSplitBlock) {
         split_copy(panel, kSplitBlock, end - first, columns, bias, out, p.out_row);
         continue;
@@ -275,6 +283,7 @@ static void split_product(const SplitProduct& p) {
           stream(out + i * p.out_row + j, bias ? x + load(bias + j) : x);
         }
     }
+  stream_end();
 }
 
 // The bits of sizes are ordered as the sizes are.

@@ -26,19 +26,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # A compiler or tracer would hold the sizes that it sees compared against.
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return _linear(x, weight, bias)
-    if x.dim() > 1 and x.numel() >= _LEAST_ROWS * max(x.shape[-1], 1) and _plain(x, weight, bias):
+    many = x.dim() > 1 and x.numel() >= _LEAST_ROWS * max(x.shape[-1], 1)
+    if many and extension.has_split_products() and _fits(x, weight, bias) and _plain(x, weight, bias):
         return extension.linear(x, weight, bias)
     return _linear(x, weight, bias)
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the shapes are a linear layer's; torch says what is wrong with others, or broadcasts them."""
+    return weight.dim() == 2 and weight.shape[1] == x.shape[-1] and (bias is None or bias.shape == weight.shape[:1])
 
 
 def _plain(*given: Tensor | None) -> bool:
     """Whether nothing but the numbers is asked for: no gradient, graph, other type or other device."""
     tensors = [tensor for tensor in given if tensor is not None]
     return (
-        extension.UNAVAILABLE is None
-        and all(type(tensor) in _PLAIN for tensor in tensors)
+        all(type(tensor) in _PLAIN for tensor in tensors)
         and all(tensor.dtype is torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
         and all(tensor.layout is torch.strided for tensor in tensors)
+        and not any(tensor.is_neg() or tensor._is_zerotensor() for tensor in tensors)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._is_torch_function_mode_enabled()
