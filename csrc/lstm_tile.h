@@ -187,7 +187,7 @@ static void lstm_products(
   if (s.form != LstmForm::split)
     for (int64_t i = 0; i < round_up(rows, kUnits) * kGateColumns; i += kLanes) store(products + i, vec{});
   if (s.form == LstmForm::rows) {
-    lstm_rows_of_weight(rows, s.inputs, input, s.weight_x, s.hidden, block, products, panel);
+    if (!s.sums) lstm_rows_of_weight(rows, s.inputs, input, s.weight_x, s.hidden, block, products, panel);
     return lstm_rows_of_weight(rows, s.state, h, s.weight_h, s.hidden, block, products, panel);
   }
   lstm_multiply(s.form, rows, kGateColumns, s.state, h, s.weight_h, block, products, false);

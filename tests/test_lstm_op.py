@@ -155,6 +155,7 @@ def test_every_instruction_set_in_the_error_budget() -> None:
             for dtype in extension.DTYPES:
                 testing_lstm.check(LstmCase(dtype=dtype, lengths=(5, 3, 1), directions=2, hidden=33), eager("cpu"))
                 testing_lstm.check(LstmCase(dtype=dtype, batch=17, projection=5), eager("cpu"))
+                testing_lstm.check(LstmCase(dtype=dtype, steps=3, batch=1, inputs=40, hidden=370), eager("cpu"))
     finally:
         use_instruction_set(names[0])
 
