@@ -166,7 +166,9 @@ LayerNormLstmBackward layer_norm_lstm_backward_cpu(
     bool input_grad) {
   const BackwardWalk walk(grad, args, out, saved);
   const LstmShape& s = walk.layer.shape;
-  run_parts(s, LstmForm::panels, [&](const Part& part, Barrier& barrier, float* scratch) { walk.walk(part, barrier, scratch); });
+  run_parts(s, LstmForm::panels, [&](const Part& part, Barrier& barrier, float* scratch) {
+    walk.walk(part, barrier, scratch);
+  });
 
   const auto type = args.input.scalar_type();
   const int64_t units = s.units();

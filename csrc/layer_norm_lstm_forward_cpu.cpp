@@ -147,7 +147,9 @@ void ForwardWalk::walk(const Part& part, Barrier& barrier, float* scratch) const
 LayerNormLstmForward layer_norm_lstm_forward_cpu(const LayerNormLstmArgs& args, bool save, bool all_cells) {
   const ForwardWalk walk(args, save, all_cells);
   const LstmShape& s = walk.layer.shape;
-  run_parts(s, LstmForm::panels, [&](const Part& part, Barrier& barrier, float* scratch) { walk.walk(part, barrier, scratch); });
+  run_parts(s, LstmForm::panels, [&](const Part& part, Barrier& barrier, float* scratch) {
+    walk.walk(part, barrier, scratch);
+  });
 
   const auto type = args.input.scalar_type();
   std::vector<int64_t> sizes(args.input.sizes().begin(), args.input.sizes().end());

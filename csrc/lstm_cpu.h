@@ -27,6 +27,8 @@ enum class LstmForm : uint8_t {
 
 constexpr bool is_half(LstmForm form) { return form >= LstmForm::dots; }
 
+constexpr bool uses_tiles(LstmForm form) { return form == LstmForm::split || form == LstmForm::tiles; }
+
 // Rows of one product at most: their sums, 64 columns each, stay in the first-level cache.
 constexpr int64_t kLstmRows = 64;
 constexpr int64_t lstm_rows(LstmForm form) { return form == LstmForm::split ? 2 * kSplitBlock : 48; }

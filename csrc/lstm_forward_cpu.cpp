@@ -76,14 +76,6 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
     Direction& one = directions.emplace_back();
     one.bias = s.biases ? at::add(dense_float(weight[2]), dense_float(weight[3])) : at::zeros({4 * s.hidden}, floats);
     if (s.projection) one.projection = pack_columns(weight[s.weights_per_direction() - 1].t(), LstmForm::panels);
-    if (form == LstmForm::rows) {
-      one.rows_h = dense_float(weight[1]);
-      if (s.steps > 1)
-        one.sums = split_linear(input, dense_float(weight[0]), one.bias);
-      else
-        one.rows_x = dense_float(weight[0]);
-      continue;
-    }
     if (is_half(form)) {
       one.weight_x = pack_gates(weight[0], s.hidden, form);
       if (s.steps > 1 && s.batch < kRowsOfATile) {
@@ -92,10 +84,15 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
       }
     } else if (input_product_first(s)) {
       one.sums = split_linear(input, dense_float(weight[0]), one.bias);
+    } else if (form == LstmForm::rows) {
+      one.rows_x = dense_float(weight[0]);
     } else {
       one.weight_x = pack_gates(weight[0], s.hidden, form);
     }
-    one.weight_h = pack_gates(weight[1], s.hidden, form);
+    if (form == LstmForm::rows)
+      one.rows_h = dense_float(weight[1]);
+    else
+      one.weight_h = pack_gates(weight[1], s.hidden, form);
   }
 }
 

@@ -1,23 +1,16 @@
 #include "lstm_layer.h"
 
-#include "split.h"
-
 #include <ATen/ops/constant_pad_nd.h>
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
 
+#include "split.h"
+
 namespace fastattn {
-
-Floats::Floats(int64_t count)
-    : memory_(static_cast<float*>(
-          ::operator new(static_cast<size_t>(count) * sizeof(float) + 64, std::align_val_t{64}))) {}
-
-void Floats::Free::operator()(float* memory) const { ::operator delete(memory, std::align_val_t{64}); }
 
 at::Tensor dense_float(const at::Tensor& tensor) { return tensor.to(at::kFloat).contiguous(); }
 

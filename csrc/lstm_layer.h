@@ -1,28 +1,12 @@
 // What the forward and the backward of the CPU LSTM share: float32 tensors, packed weights, and who does which rows.
 #pragma once
 
-#include <memory>
-
+#include "aligned.h"
 #include "lstm_cpu.h"
 #include "lstm_shape.h"
 #include "team.h"
 
 namespace fastattn {
-
-// Uninitialised floats at a multiple of 64 bytes.
-class Floats {
- public:
-  Floats() = default;
-  explicit Floats(int64_t count);
-  float* get() const { return memory_.get(); }
-  float* operator+(int64_t offset) const { return memory_.get() + offset; }
-
- private:
-  struct Free {
-    void operator()(float* memory) const;
-  };
-  std::unique_ptr<float, Free> memory_;
-};
 
 // `tensor` as contiguous float32: itself where it is that.
 at::Tensor dense_float(const at::Tensor& tensor);

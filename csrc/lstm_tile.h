@@ -143,22 +143,28 @@ static inline LstmLeft lstm_left(
   return left;
 }
 
+// Zero sums (rows, 64), to the end of the last tile.
+static void lstm_clear(int64_t rows, float* sums) {
+  for (int64_t i = 0; i < round_up(rows, kUnits) * kGateColumns; i += kLanes) store(sums + i, vec{});
+}
+
 // sums (rows, 64) = or += left (rows, depth) times one panel of the weights; `columns` of it, a multiple of kPad, are
-// there. What is not added to is zero unless products are split.
+// there.
 static void lstm_multiply(
     LstmForm form, int64_t rows, int64_t columns, int64_t depth, LstmLeft left, const void* weight, int64_t panel,
-    float* sums, bool add = true) {
+    float* sums, bool add) {
   if (is_half(form)) {
+    if (!add) lstm_clear(rows, sums);
     const BFloat16* from = (const BFloat16*)weight + panel * lstm_bf16_panel(depth);
     return lstm_multiply_bf16(form, rows, left, depth, from, sums);
   }
   if (form == LstmForm::split) {
     const uint16_t* from = (const uint16_t*)weight + panel * 2 * split_block(depth);
     return split_gemm(
-        {rows, columns, depth, (const uint16_t*)left.data, from, sums, kGateColumns, add, nullptr});
+        {rows, columns, depth, (const uint16_t*)left.data, from, sums, kGateColumns}, add);
   }
   gemm<true>(rows, columns, depth, {(const float*)left.data, left.row, 1},
-             (const float*)weight + panel * depth * kGateColumns, kGateColumns, sums, kGateColumns, true);
+             (const float*)weight + panel * depth * kGateColumns, kGateColumns, sums, kGateColumns, add);
 }
 
 // Rows below which dot products along the rows of W beat packing a block of it into a panel.
@@ -184,14 +190,13 @@ static void lstm_rows_of_weight(
 // W_hh h, and W_ih x where that is not among s.sums, of rows [row, row + rows) for one block, to the scratch (rows, 64).
 static void lstm_products(
     const LstmForwardStep& s, int64_t rows, int64_t block, LstmLeft input, LstmLeft h, float* products, float* panel) {
-  if (s.form != LstmForm::split)
-    for (int64_t i = 0; i < round_up(rows, kUnits) * kGateColumns; i += kLanes) store(products + i, vec{});
   if (s.form == LstmForm::rows) {
+    lstm_clear(rows, products);
     if (!s.sums) lstm_rows_of_weight(rows, s.inputs, input, s.weight_x, s.hidden, block, products, panel);
     return lstm_rows_of_weight(rows, s.state, h, s.weight_h, s.hidden, block, products, panel);
   }
   lstm_multiply(s.form, rows, kGateColumns, s.state, h, s.weight_h, block, products, false);
-  if (!s.sums) lstm_multiply(s.form, rows, kGateColumns, s.inputs, input, s.weight_x, block, products);
+  if (!s.sums) lstm_multiply(s.form, rows, kGateColumns, s.inputs, input, s.weight_x, block, products, true);
 }
 
 // What comes from memory for the state of a row is asked for so many rows ahead: lines far apart, which the processor
@@ -243,7 +248,7 @@ static void lstm_forward_rows(const LstmForwardStep& s, Range blocks, float* pro
 }
 
 static void lstm_forward(const LstmForwardStep& s, Range blocks, float* scratch) {
-  const Tiles tiles(s.form == LstmForm::tiles || s.form == LstmForm::split);
+  const Tiles tiles(uses_tiles(s.form));
   if (is_half(s.form)) return lstm_forward_rows<BFloat16, BFloat16>(s, blocks, scratch);
   with_saved_type(s.gates_type, [&](auto* type) { lstm_forward_rows<__typeof__(*type), float>(s, blocks, scratch); });
 }
@@ -266,7 +271,7 @@ static void lstm_product_tile(
       store(to + j, sum);
     }
   }
-  if (s.left) lstm_multiply(s.form, rows, round_up(here, kPad), s.depth, left, s.weight, panel, out);
+  if (s.left) lstm_multiply(s.form, rows, round_up(here, kPad), s.depth, left, s.weight, panel, out, true);
 }
 
 template <class Saved, class Sums>
@@ -310,13 +315,13 @@ static void lstm_backward_rows(const LstmBackwardStep& s, Range panels, float* s
 }
 
 static void lstm_backward(const LstmBackwardStep& s, Range panels, float* scratch) {
-  const Tiles tiles(s.form == LstmForm::tiles || s.form == LstmForm::split);
+  const Tiles tiles(uses_tiles(s.form));
   if (is_half(s.form)) return lstm_backward_rows<BFloat16, BFloat16>(s, panels, scratch);
   with_saved_type(s.gates_type, [&](auto* type) { lstm_backward_rows<__typeof__(*type), float>(s, panels, scratch); });
 }
 
 static void lstm_product(const LstmProduct& s, Range panels, float* sums) {
-  const Tiles tiles(s.form == LstmForm::tiles || s.form == LstmForm::split);
+  const Tiles tiles(uses_tiles(s.form));
   for (int64_t row = 0; row < s.rows; row += lstm_rows(s.form)) {
     const int64_t rows = min(lstm_rows(s.form), s.rows - row);
     float* scratch = sums + kLstmRows * kGateColumns;

@@ -2,15 +2,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/Parallel.h>
 
 #include <array>
-#include <atomic>
-#include <memory>
-#include <new>
 #include <optional>
 
 #include "attention_cpu.h"
+#include "tasks.h"
 
 namespace fastattn {
 
@@ -52,20 +49,5 @@ void check_floating(const char* name, const at::Tensor& tensor, at::IntArrayRef 
 
 // An uninitialised (B, H, L, D) laid out as (B, L, H, D): merging the heads afterwards is a view.
 at::Tensor empty_heads_last(const at::Tensor& like);
-
-// Runs task(index, scratch) for every index below `tasks`, on torch's threads. Threads take the next task when they are
-// done with one: tasks differ in cost (causal masks, padding), and none writes what another reads or writes.
-template <class Task>
-void run_tasks(int64_t tasks, int64_t scratch_floats, Task task) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    constexpr std::align_val_t line{64};
-    const auto release = [](float* p) { ::operator delete(p, std::align_val_t{64}); };
-    std::unique_ptr<float, decltype(release)> scratch(
-        static_cast<float*>(::operator new(static_cast<size_t>(scratch_floats) * sizeof(float) + 64, line)), release);
-    for (int64_t index = next++; index < tasks; index = next++) task(index, scratch.get());
-  });
-}
 
 }  // namespace fastattn

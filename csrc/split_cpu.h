@@ -49,14 +49,12 @@ struct SplitOperand {
   int64_t row, column;
 };
 
-// out (rows, columns) = or += left times right, plus a bias per column where there is one.
+// out (rows, columns) = left times right.
 struct SplitProduct {
   int64_t rows, columns, depth;
   const uint16_t *left, *right;
   float* out;
   int64_t out_row;
-  bool accumulate;
-  const float* bias;  // (columns), or null
 };
 
 struct SplitKernels {
@@ -64,15 +62,16 @@ struct SplitKernels {
   // operand begin its blocks, the odd ones stand a tile behind.
   void (*pack_left)(const SplitOperand&, int64_t half, uint16_t* to);
   void (*pack_right)(const SplitOperand&, int64_t half, uint16_t* to);
-  // Not accumulating, to an `out` larger than the caches; best where the left operand stays in the second-level one.
-  void (*product)(const SplitProduct&);
+  // Plus a bias (columns), unless it is null. For an `out` larger than the caches; best where the left operand stays in
+  // the second-level one.
+  void (*product)(const SplitProduct&, const float* bias);
   // The bits of the largest of the sizes of `count` numbers; NaN is the largest of all.
   uint32_t (*largest)(const float*, int64_t count);
 };
 
 const SplitKernels& split_kernels();
 
-// Whether this processor makes such products, and faster than those of float32.
+// Whether the instruction set in use makes such products: by AMX, or for tests by the emulation.
 bool has_split_products();
 
 }  // namespace fastattn

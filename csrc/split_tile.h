@@ -13,23 +13,17 @@ static inline void split_vector(vec x, words (&parts)[kSplitParts]) {
   }
 }
 
-// The parts of kLanes numbers to `to` and part_step further on each.
-static inline void split_store_parts(vec x, uint16_t* to, int64_t part_step) {
-  words parts[kSplitParts];
-  split_vector(x, parts);
-  for (int part = 0; part < kSplitParts; ++part) {
-    const half_words upper = __builtin_convertvector(parts[part] >> 16, half_words);
-    __builtin_memcpy(to + part * part_step, &upper, sizeof upper);
-  }
-}
-
 // One tile of 16 rows and 32 consecutive k; `there` of the rows and `depth` of the k exist.
 static inline void split_rows(
     const float* from, int64_t row, int64_t there, int64_t depth, int64_t part_step, uint16_t* to) {
   for (int64_t i = 0; i < 16; ++i)
     for (int64_t k = 0; k < kSplitDepth; k += kLanes) {
-      const vec x = i < there && k < depth ? load_lanes(from + i * row + k, depth - k) : vec{};
-      split_store_parts(x, to + i * kSplitDepth + k, part_step);
+      words parts[kSplitParts];
+      split_vector(i < there && k < depth ? load_lanes(from + i * row + k, depth - k) : vec{}, parts);
+      for (int part = 0; part < kSplitParts; ++part) {
+        const half_words upper = __builtin_convertvector(parts[part] >> 16, half_words);
+        __builtin_memcpy(to + part * part_step + i * kSplitDepth + k, &upper, sizeof upper);
+      }
     }
 }
 
@@ -199,48 +193,6 @@ static void split_multiply(
 // Steps in depth at a time: 32 columns of so many are 24 kB, half of a first-level cache.
 constexpr int64_t kSplitSteps = 4;
 
-// to (rows, columns) = from, plus the bias.
-static void split_copy(
-    const float* from, int64_t from_row, int64_t rows, int64_t columns, const float* bias, float* to, int64_t to_row) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      vec x = load_lanes(from + i * from_row + j, columns - j);
-      if (bias) x += load_lanes(bias + j, columns - j);
-      store_lanes(to + i * to_row + j, x, columns - j);
-    }
-}
-
-// Adds up to `steps` steps from step t on for the block of rows from m and of columns from n on.
-static inline void split_chunk(
-    const SplitProduct& p, int64_t m, int64_t n, int64_t t, int64_t steps, int64_t rows, float* sums, int64_t sums_row,
-    bool add) {
-  const int64_t block = split_block(p.depth), step = t * 2 * kSplitTile;
-  (rows > 16 ? split_multiply<2> : split_multiply<1>)(
-      p.left + m / kSplitBlock * block + step, p.right + n / kSplitBlock * block + step, block / kSplitParts,
-      min(steps, split_depth(p.depth) - t), sums, sums_row, add);
-}
-
-// Within the scope of Tiles; p.out is in a cache.
-static void split_gemm(const SplitProduct& p) {
-  alignas(64) float edge[kSplitBlock * kSplitBlock];
-  // One block of rows leaves nothing of the right operand to be read again.
-  const int64_t steps = p.rows > kSplitBlock ? kSplitSteps : split_depth(p.depth);
-  for (int64_t n = 0; n < p.columns; n += kSplitBlock)
-    for (int64_t t = 0; t < split_depth(p.depth); t += steps)
-      for (int64_t m = 0; m < p.rows; m += kSplitBlock) {
-        const int64_t rows = min(kSplitBlock, p.rows - m), columns = min(kSplitBlock, p.columns - n);
-        float* out = p.out + m * p.out_row + n;
-        const bool add = p.accumulate || t > 0;
-        if (columns == kSplitBlock && rows % 16 == 0) {
-          split_chunk(p, m, n, t, steps, rows, out, p.out_row, add);
-          continue;
-        }
-        if (add) split_copy(out, p.out_row, rows, columns, nullptr, edge, kSplitBlock);
-        split_chunk(p, m, n, t, steps, rows, edge, kSplitBlock, add);
-        split_copy(edge, kSplitBlock, rows, columns, nullptr, out, p.out_row);
-      }
-}
-
 // Writes around the caches; `to` is a multiple of a vector.
 static inline void stream(float* to, vec x) {
 #if defined(FASTATTN_AVX512)
@@ -257,9 +209,55 @@ static inline void stream_end() {
 #endif
 }
 
-// The same for an `out` that is larger than the caches. Its sums are complete before they are written, around the caches
+// to (rows, columns) = from, plus the bias. STREAMED: around the caches, whole vectors alone.
+template <bool STREAMED = false>
+static void split_copy(
+    const float* from, int64_t from_row, int64_t rows, int64_t columns, const float* bias, float* to, int64_t to_row) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      vec x = load_lanes(from + i * from_row + j, columns - j);
+      if (bias) x += load_lanes(bias + j, columns - j);
+      if constexpr (STREAMED)
+        stream(to + i * to_row + j, x);
+      else
+        store_lanes(to + i * to_row + j, x, columns - j);
+    }
+}
+
+// Adds up to `steps` steps from step t on for the block of rows from m and of columns from n on.
+static inline void split_chunk(
+    const SplitProduct& p, int64_t m, int64_t n, int64_t t, int64_t steps, int64_t rows, float* sums, int64_t sums_row,
+    bool add) {
+  const int64_t block = split_block(p.depth), step = t * 2 * kSplitTile;
+  (rows > 16 ? split_multiply<2> : split_multiply<1>)(
+      p.left + m / kSplitBlock * block + step, p.right + n / kSplitBlock * block + step, block / kSplitParts,
+      min(steps, split_depth(p.depth) - t), sums, sums_row, add);
+}
+
+// Stores the product, or adds it to p.out, which is in a cache. Within the scope of Tiles.
+static void split_gemm(const SplitProduct& p, bool accumulate) {
+  alignas(64) float edge[kSplitBlock * kSplitBlock];
+  // One block of rows leaves nothing of the right operand to be read again.
+  const int64_t steps = p.rows > kSplitBlock ? kSplitSteps : split_depth(p.depth);
+  for (int64_t n = 0; n < p.columns; n += kSplitBlock)
+    for (int64_t t = 0; t < split_depth(p.depth); t += steps)
+      for (int64_t m = 0; m < p.rows; m += kSplitBlock) {
+        const int64_t rows = min(kSplitBlock, p.rows - m), columns = min(kSplitBlock, p.columns - n);
+        float* out = p.out + m * p.out_row + n;
+        const bool add = accumulate || t > 0;
+        if (columns == kSplitBlock && rows % 16 == 0) {
+          split_chunk(p, m, n, t, steps, rows, out, p.out_row, add);
+          continue;
+        }
+        if (add) split_copy(out, p.out_row, rows, columns, nullptr, edge, kSplitBlock);
+        split_chunk(p, m, n, t, steps, rows, edge, kSplitBlock, add);
+        split_copy(edge, kSplitBlock, rows, columns, nullptr, out, p.out_row);
+      }
+}
+
+// Stores the product in an `out` that is larger than the caches. Its sums are complete before they are written, around the caches
 // where that can be: waiting for each of its lines would take as long as the products.
-static void split_product(const SplitProduct& p) {
+static void split_product(const SplitProduct& p, const float* bias) {
   const Tiles configured(true);
   constexpr int64_t most_rows = 256;  // 32 kB of sums
   alignas(64) float panel[most_rows * kSplitBlock];
@@ -267,21 +265,12 @@ static void split_product(const SplitProduct& p) {
   for (int64_t n = 0; n < p.columns; n += kSplitBlock)
     for (int64_t first = 0; first < p.rows; first += most_rows) {
       const int64_t end = min(p.rows, first + most_rows), columns = min(kSplitBlock, p.columns - n);
-      const float* bias = p.bias ? p.bias + n : nullptr;
-      float* out = p.out + first * p.out_row + n;
       for (int64_t t = 0; t < split_depth(p.depth); t += kSplitSteps)
         for (int64_t m = first; m < end; m += kSplitBlock)
           split_chunk(
               p, m, n, t, kSplitSteps, min(kSplitBlock, end - m), panel + (m - first) * kSplitBlock, kSplitBlock, t > 0);
-      if (!around || columns < kSplitBlock) {
-        split_copy(panel, kSplitBlock, end - first, columns, bias, out, p.out_row);
-        continue;
-      }
-      for (int64_t i = 0; i < end - first; ++i)
-        for (int64_t j = 0; j < kSplitBlock; j += kLanes) {
-          const vec x = load(panel + i * kSplitBlock + j);
-          stream(out + i * p.out_row + j, bias ? x + load(bias + j) : x);
-        }
+      (around && columns == kSplitBlock ? split_copy<true> : split_copy<false>)(
+          panel, kSplitBlock, end - first, columns, bias ? bias + n : nullptr, p.out + first * p.out_row + n, p.out_row);
     }
   stream_end();
 }

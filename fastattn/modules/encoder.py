@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import TransformerEncoder as TorchTransformerEncoder
 from torch.nn import TransformerEncoderLayer as TorchTransformerEncoderLayer
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastattn import transforms
 from fastattn.dispatch import Backend, Request, choose
+from fastattn.kernels import onlookers
 from fastattn.modules.attention import MultiheadAttention
 
 
@@ -64,11 +64,9 @@ class TransformerEncoder(TorchTransformerEncoder):
     def _packs(self, src: Tensor, padding: Tensor) -> bool:
         """Whether the packed row serves the call."""
         if (
-            torch.compiler.is_compiling()
-            or torch._C._get_tracing_state() is not None
+            onlookers.present()
             or not torch.backends.mha.get_fastpath_enabled()
             or torch.is_autocast_enabled(src.device.type)
-            or is_in_torch_dispatch_mode()
             or transforms.transformed()
             or src.device.type != "cpu"
             or src.is_nested

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastattn import transforms
+from fastattn.kernels import onlookers
 from fastattn.kernels.attention import extension
 
 # Bound at import: a program may rebind torch.nn.functional's.
@@ -14,7 +14,6 @@ _linear = torch.nn.functional.linear
 
 # Rows from which splitting float32 numbers for a product can pay, as csrc/split.cpp has it.
 _LEAST_ROWS = 512
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -23,8 +22,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Without gradients, float32 on the CPU, from 512 rows on: products on the bfloat16 tiles of AMX where the processor
     has them, in float32's error (csrc/split_cpu.h).
     """
-    # A compiler or tracer would hold the sizes that it sees compared against.
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    # First, for a compiler or tracer would hold the sizes that it sees compared against.
+    if onlookers.present(x, weight, *(() if bias is None else (bias,))):
         return _linear(x, weight, bias)
     many = x.dim() > 1 and x.numel() >= _LEAST_ROWS * max(x.shape[-1], 1)
     if many and extension.has_split_products() and _fits(x, weight, bias) and _plain(x, weight, bias):
@@ -38,16 +37,14 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _plain(*given: Tensor | None) -> bool:
-    """Whether nothing but the numbers is asked for: no gradient, graph, other type or other device."""
+    """Whether these are float32 on the CPU, and nothing but their product is asked for."""
     tensors = [tensor for tensor in given if tensor is not None]
     return (
-        all(type(tensor) in _PLAIN for tensor in tensors)
-        and all(tensor.dtype is torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+        all(tensor.dtype is torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
         and all(tensor.layout is torch.strided for tensor in tensors)
         and not any(tensor.is_neg() or tensor._is_zerotensor() for tensor in tensors)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._is_torch_function_mode_enabled()
-        and not is_in_torch_dispatch_mode()
         and not transforms.transformed()
     )

@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn.kernels import onlookers
 from fastattn.kernels.lstm import autograd, extension, op, torch_lstm  # noqa: F401  op registers torch.ops.fastattn
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def lstm_layer(
@@ -18,7 +17,7 @@ def lstm_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, h_n and c_n of one layer by the extension, ``backend`` "cpu" or "cuda"; arguments as in ``op``."""
     grad = _needs_grad(input, h0, c0, weights)
-    if _must_dispatch(input, h0, c0, weights):
+    if onlookers.present(input, h0, c0, *weights):
         out, h_n, c_n, _, _ = torch.ops.fastattn.lstm_layer(input, batch_sizes, h0, c0, weights, grad, backend)
     elif grad:
         out, h_n, c_n = autograd.extension_layer(backend, input, batch_sizes, h0, c0, *weights)
@@ -34,7 +33,7 @@ def torch_layers(
     # The operator is one layer of one device's kernels; torch's function takes whatever else there is.
     if torch.compiler.is_compiling() and input.device.type in ("cpu", "cuda"):
         return _traced_layers(layers, input, batch_sizes, h0, c0, weights)
-    if input.is_cuda and _needs_grad(input, h0, c0, weights) and not _must_dispatch(input, h0, c0, weights):
+    if input.is_cuda and _needs_grad(input, h0, c0, weights) and not onlookers.present(input, h0, c0, *weights):
         return autograd.torch_layers(layers, input, batch_sizes, h0, c0, *weights)
     return torch_lstm.run(input, batch_sizes, h0, c0, weights, layers)
 
@@ -62,14 +61,3 @@ def _needs_grad(input: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor]) ->
     if input.requires_grad or h0.requires_grad or c0.requires_grad:
         return True
     return any(weight.requires_grad for weight in weights)
-
-
-def _must_dispatch(input: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor]) -> bool:
-    """Whether somebody looks on: a compiler, a tracer, a mode or a tensor that is more than its numbers."""
-    if torch.compiler.is_compiling():
-        return True
-    if type(input) not in _PLAIN or type(h0) not in _PLAIN or type(c0) not in _PLAIN:
-        return True
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
-        return True
-    return any(type(weight) not in _PLAIN for weight in weights)
