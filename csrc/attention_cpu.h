@@ -18,6 +18,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "panels_cpu.h"
 #include "split_cpu.h"
 
 namespace fastattn {
@@ -154,6 +155,7 @@ struct Kernels {
   const LstmKernels* lstm;
   const LayerNormLstmKernels* layer_norm_lstm;
   const SplitKernels* split;
+  const PanelKernels* panels;
 };
 
 // The table for this processor, or the one chosen by use_instruction_set.

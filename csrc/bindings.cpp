@@ -11,7 +11,7 @@
 #include "instruction_set.h"
 #include "layer_norm_lstm.h"
 #include "lstm.h"
-#include "split.h"
+#include "product.h"
 
 namespace pybind11::detail {
 
@@ -131,9 +131,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   backward("lstm_backward", &lstm_backward);
   m.def("layer_norm_lstm_forward", &layer_norm_lstm_forward, Plain());
   m.def("layer_norm_lstm_backward", &layer_norm_lstm_backward, Plain());
-  m.def("has_split_products", &fastattn::has_split_products);
-  m.def("split_mm", &fastattn::split_mm, Plain());
-  m.def("split_linear", &fastattn::split_linear, Plain());
+  m.def("has_own_products", &fastattn::has_own_products);
+  m.def("mm", &fastattn::mm, Plain());
+  m.def("linear", &fastattn::linear, Plain());
   m.def("instruction_sets", &fastattn::instruction_sets);
   m.def("use_instruction_set", &fastattn::use_instruction_set);
 #ifdef FASTATTN_CUDA

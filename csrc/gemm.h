@@ -47,28 +47,28 @@ static void micro_rows(
   micro_kernel<ROWS, VECTORS, STREAMED>(K, a, a_row, a_k, b, b_row, c, c_row, accumulate);
 }
 
-// The last M < ROWS + 1 rows: the kernel of exactly that height.
+// M rows, at most ROWS: the kernel of exactly that height.
 template <int ROWS, int VECTORS, bool STREAMED>
-static inline void last_rows(
+static inline void block(
     int64_t M, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_row, float* c,
     int64_t c_row, bool accumulate) {
   if constexpr (ROWS > 0) {
     if (M == ROWS) return micro_rows<ROWS, VECTORS, STREAMED>(K, a, a_row, a_k, b, b_row, c, c_row, accumulate);
-    last_rows<ROWS - 1, VECTORS, STREAMED>(M, K, a, a_row, a_k, b, b_row, c, c_row, accumulate);
+    block<ROWS - 1, VECTORS, STREAMED>(M, K, a, a_row, a_k, b, b_row, c, c_row, accumulate);
   }
 }
 
-// All rows of a strip of VECTORS registers of columns.
+// All rows of a strip of VECTORS registers of columns, in as few blocks as can be, of about the same height.
 template <int VECTORS, bool STREAMED>
 static void strip(
     int64_t M, int64_t K, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, bool accumulate) {
   constexpr int rows = kAccumulators / VECTORS < kMaxRows ? kAccumulators / VECTORS : kMaxRows;
-  int64_t m = 0;
-  for (; m + rows <= M; m += rows)
-    micro_rows<rows, VECTORS, STREAMED>(
-        K, a.data + m * a.row, a.row, a.column, b, b_row, c + m * c_row, c_row, accumulate);
-  last_rows<rows - 1, VECTORS, STREAMED>(
-      M - m, K, a.data + m * a.row, a.row, a.column, b, b_row, c + m * c_row, c_row, accumulate);
+  const int64_t blocks = (M + rows - 1) / rows;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t m = M * i / blocks;
+    block<rows, VECTORS, STREAMED>(
+        M * (i + 1) / blocks - m, K, a.data + m * a.row, a.row, a.column, b, b_row, c + m * c_row, c_row, accumulate);
+  }
 }
 
 template <int VECTORS, bool STREAMED>

@@ -5,6 +5,7 @@
 
 #include "layer_norm_lstm_cpu.h"
 #include "lstm_cpu.h"
+#include "panels_cpu.h"
 #include "split_cpu.h"
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
@@ -27,7 +28,7 @@ struct Entry {
   std::string name;
   const Kernels* table;
   LstmForm bf16;
-  bool split = false;
+  bool split = false, panels = false;
 };
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -59,8 +60,9 @@ std::vector<Entry> find() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     if (has_amx_bf16()) entries.push_back({"avx512+amx", &avx512::table, LstmForm::tiles, true});
-    if (has_avx512_bf16()) entries.push_back({"avx512+bf16", &avx512::table, LstmForm::dots});
-    entries.push_back({"avx512", &avx512::table, LstmForm::panels});
+    const bool amd = __builtin_cpu_is("amd");
+    if (has_avx512_bf16()) entries.push_back({"avx512+bf16", &avx512::table, LstmForm::dots, false, amd});
+    entries.push_back({"avx512", &avx512::table, LstmForm::panels, false, amd});
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     entries.push_back({"avx2", &avx2::table, LstmForm::panels});
@@ -90,6 +92,10 @@ const LstmKernels& lstm_kernels() { return *kernels().lstm; }
 const LayerNormLstmKernels& layer_norm_lstm_kernels() { return *kernels().layer_norm_lstm; }
 
 const SplitKernels& split_kernels() { return *kernels().split; }
+
+const PanelKernels& panel_kernels() { return *kernels().panels; }
+
+bool prefers_panels() { return current().load()->panels; }
 
 bool has_split_products() { return current().load()->split; }
 

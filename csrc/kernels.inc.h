@@ -17,7 +17,9 @@ namespace {
 #include "convert.h"
 #include "philox.h"
 #include "amx.h"
+#include "stream.h"
 #include "split_tile.h"
+#include "panels_tile.h"
 #include "score_tile.h"
 #include "weights_rows.h"
 #include "forward_tile.h"
@@ -32,7 +34,7 @@ extern const Kernels table;
 const Kernels table = {
     ISA_NAME,        forward_pack, forward_scratch,  forward_tile,  weights_pack,
     weights_scratch, weights_tile, backward_scratch, backward_task, &lstm_table,
-    &layer_norm_lstm_table, &split_table,
+    &layer_norm_lstm_table, &split_table, &panel_table,
 };
 
 }  // namespace ISA

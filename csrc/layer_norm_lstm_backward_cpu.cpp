@@ -2,10 +2,10 @@
 // the two products, then through W_hh to the state before; the gradients of the weights in one product each at the end.
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
 #include "layer_norm_lstm_layer.h"
+#include "product.h"
 
 namespace fastattn {
 
@@ -184,7 +184,7 @@ LayerNormLstmBackward layer_norm_lstm_backward_cpu(
       dx = from_gate_columns(dx, s.hidden);
       dh = from_gate_columns(dh, s.hidden);
       at::Tensor to = walk.product[d].narrow(1, 0, s.hidden);
-      to.copy_(at::mm(dh, walk.layer.weight_h(args, d)));
+      to.copy_(mm(dh, walk.layer.weight_h(args, d)));
       if (walk.layer.h_mask.defined()) to.mul_(walk.layer.h_mask.select(1, d));
     }
     const auto in_order = [&](const at::Tensor& dweight) {
@@ -194,8 +194,8 @@ LayerNormLstmBackward layer_norm_lstm_backward_cpu(
       return from_gate_rows(sums.narrow(0, place * units, 4 * units), s.hidden).view({-1}).to(type).clone();
     };
     const auto cell = [&](int64_t place) { return sums.narrow(0, place * units, s.hidden).to(type).clone(); };
-    dweights.push_back(in_order(at::mm(dx.t(), input)));
-    dweights.push_back(in_order(at::mm(dh.t(), walk.states_before(d, states, h0))));
+    dweights.push_back(in_order(mm(dx.t(), input)));
+    dweights.push_back(in_order(mm(dh.t(), walk.states_before(d, states, h0))));
     dweights.push_back(gates(0));
     dweights.push_back(gates(4));
     dweights.push_back(cell(12));
@@ -204,7 +204,7 @@ LayerNormLstmBackward layer_norm_lstm_backward_cpu(
       dweights.push_back(cell(13));
     }
     if (!input_grad) continue;
-    const at::Tensor through = at::mm(dx, single ? weight_x : gate_rows(weight_x, s.hidden));
+    const at::Tensor through = mm(dx, single ? weight_x : gate_rows(weight_x, s.hidden));
     dinput = d == 0 ? through : dinput.add_(through);
   }
   if (input_grad) dinput = dinput.to(type).view(args.input.sizes());

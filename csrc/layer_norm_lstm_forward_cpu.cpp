@@ -1,11 +1,10 @@
 // The forward of the CPU's layer-normalised LSTM: the input's product for all steps, then step by step the recurrent
 // product and, row by row, what follows it.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 
 #include "layer_norm_lstm_layer.h"
-#include "split.h"
+#include "product.h"
 
 namespace fastattn {
 
@@ -48,8 +47,8 @@ ForwardWalk::ForwardWalk(const LayerNormLstmArgs& args, bool keep, bool with_cel
     const at::Tensor weight_x = layer.weight_x(args, d);
     if (layer.single_step()) {
       const at::Tensor left = layer.h_mask.defined() ? at::mul(h[d], layer.h_mask.select(1, d)) : h[d];
-      product_x.push_back(gate_columns(at::mm(input, weight_x.t()), s.hidden));
-      product_h.push_back(gate_columns(at::mm(left, layer.weight_h(args, d).t()), s.hidden));
+      product_x.push_back(gate_columns(mm(input, weight_x.t()), s.hidden));
+      product_h.push_back(gate_columns(mm(left, layer.weight_h(args, d).t()), s.hidden));
       if (save) saved_product(0, d).copy_(product_x.back());
       if (save) saved_product(1, d).copy_(product_h.back());
       packed.emplace_back();
@@ -58,9 +57,9 @@ ForwardWalk::ForwardWalk(const LayerNormLstmArgs& args, bool keep, bool with_cel
     const at::Tensor turned = gate_rows(weight_x, s.hidden).t();
     if (save) {
       at::Tensor to = saved_product(0, d);
-      at::mm_out(to, input, turned);
+      mm_out(to, input, turned);
     } else {
-      product_x.push_back(split_mm(input, turned));
+      product_x.push_back(mm(input, turned));
       product_h.push_back(at::empty({s.batch, layer.columns()}, floats));
     }
     packed.push_back(pack_gates(layer.weight_h(args, d), s.hidden, LstmForm::panels));

@@ -6,13 +6,12 @@
 // dW_hr = sum dh_t^T m_t, dx_t = dG_t W_ih.
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
 #include <cstring>
 
 #include "lstm_layer.h"
-#include "split.h"
+#include "product.h"
 
 namespace fastattn {
 
@@ -233,28 +232,28 @@ LstmBackward lstm_backward_cpu(
   std::vector<at::Tensor> dweights, input_weights;
   for (int64_t d = 0; d < s.directions; ++d) {
     const at::Tensor dsums = layer.dsums.select(1, d), turned = dsums.t();
-    if (s.steps == 1) layer.dh0[d].copy_(at::mm(dsums, weight(d, 1)));
+    if (s.steps == 1) layer.dh0[d].copy_(mm(dsums, weight(d, 1)));
     if (wanted.input) input_weights.push_back(weight(d, 0));
     if (!wanted.weights) {
       dweights.resize(static_cast<size_t>((d + 1) * each));
       continue;
     }
-    dweights.push_back(at::mm(turned, input).to(type));
-    dweights.push_back(at::mm(turned, layer.states_before(d, states, h0)).to(type));
+    dweights.push_back(mm(turned, input).to(type));
+    dweights.push_back(mm(turned, layer.states_before(d, states, h0)).to(type));
     if (s.biases) {
       const at::Tensor dbias = dsums.sum(0).to(type);
       dweights.push_back(dbias);
       dweights.push_back(dbias.clone());
     }
     if (s.projection)
-      dweights.push_back(at::mm(layer.dh.narrow(1, d * s.state, s.state).t(),
+      dweights.push_back(mm(layer.dh.narrow(1, d * s.state, s.state).t(),
                                 layer.m.narrow(1, d * s.hidden, s.hidden)).to(type));
   }
   at::Tensor dinput;
   if (wanted.input) {
     const at::Tensor both = s.directions == 1 ? input_weights[0] : at::cat(input_weights);
     const at::Tensor dsums = layer.dsums.view({s.rows, s.directions * 4 * s.hidden});
-    dinput = split_mm(dsums, both).to(type).view(args.input.sizes());
+    dinput = mm(dsums, both).to(type).view(args.input.sizes());
   }
   return {dinput, layer.dh0.to(type), layer.dcell.narrow(2, 0, s.hidden).to(type).contiguous(), dweights};
 }

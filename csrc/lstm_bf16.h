@@ -108,24 +108,39 @@ static inline vec dot_pairs(vec sum, vec left, vec right) {
   return sum;
 }
 
-template <int ROWS>
-static inline void lstm_rows_dot(HalfRows left, int64_t depth_tiles, const BFloat16* b, float* sums) {
-  vec sum[ROWS][4];
+// ROWS rows of `left` times VECTORS of the four tiles of columns of a panel, added to `sums` (rows, 64).
+// Not inlined: among its callers' variables GCC 12 keeps the sums in memory, at half the speed.
+template <int ROWS, int VECTORS>
+__attribute__((noinline)) static void lstm_block_dot(
+    HalfRows left, int64_t depth_tiles, const BFloat16* b, float* sums) {
+  vec sum[ROWS][VECTORS];
   for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < 4; ++v) sum[r][v] = load(sums + r * kGateColumns + v * kLanes);
+    for (int v = 0; v < VECTORS; ++v) sum[r][v] = load(sums + r * kGateColumns + v * kLanes);
   for (int64_t t = 0; t < depth_tiles; ++t, b += 4 * kTileNumbers)
     for (int64_t pair = 0; pair < kTileDepth / 2; ++pair) {
-      vec right[4];
-      for (int v = 0; v < 4; ++v) __builtin_memcpy(&right[v], b + v * kTileNumbers + pair * 2 * kLanes, sizeof(vec));
+      vec right[VECTORS];
+      for (int v = 0; v < VECTORS; ++v)
+        __builtin_memcpy(&right[v], b + v * kTileNumbers + pair * 2 * kLanes, sizeof(vec));
       for (int r = 0; r < ROWS; ++r) {
         float both;
         __builtin_memcpy(&both, left.data + r * left.row + t * kTileDepth + 2 * pair, sizeof both);
         const vec l = __builtin_shufflevector(vec{both}, vec{both}, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-        for (int v = 0; v < 4; ++v) sum[r][v] = dot_pairs(sum[r][v], l, right[v]);
+        for (int v = 0; v < VECTORS; ++v) sum[r][v] = dot_pairs(sum[r][v], l, right[v]);
       }
     }
   for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < 4; ++v) store(sums + r * kGateColumns + v * kLanes, sum[r][v]);
+    for (int v = 0; v < VECTORS; ++v) store(sums + r * kGateColumns + v * kLanes, sum[r][v]);
+}
+
+// The same for `rows` rows, at most ROWS, and all four tiles.
+template <int ROWS>
+static inline void lstm_rows_dot(
+    int64_t rows, HalfRows left, int64_t depth_tiles, const BFloat16* panel, float* sums) {
+  if constexpr (ROWS > 1)
+    if (rows < ROWS) return lstm_rows_dot<ROWS - 1>(rows, left, depth_tiles, panel, sums);
+  constexpr int vectors = ROWS * 4 <= kAccumulators ? 4 : 2;
+  for (int v = 0; v < 4; v += vectors)
+    lstm_block_dot<ROWS, vectors>(left, depth_tiles, panel + v * kTileNumbers, sums + v * kLanes);
 }
 
 // sums (rows rounded up to 16, 64) += left (rows, K) times one panel.
@@ -135,8 +150,14 @@ static void lstm_multiply_bf16(
   const auto from = [&](int64_t row) { return HalfRows{(const BFloat16*)left.data + row * left.row, left.row}; };
   int64_t row = 0;
   if (form == LstmForm::dots) {
-    for (; row + 6 <= rows; row += 6) lstm_rows_dot<6>(from(row), depth_tiles, panel, sums + row * kGateColumns);
-    for (; row < rows; ++row) lstm_rows_dot<1>(from(row), depth_tiles, panel, sums + row * kGateColumns);
+    // As few blocks as can be, of about the same height.
+    constexpr int most = 8;
+    const int64_t blocks = (rows + most - 1) / most;
+    for (int64_t i = 0; i < blocks; ++i) {
+      row = rows * i / blocks;
+      lstm_rows_dot<most>(
+          rows * (i + 1) / blocks - row, from(row), depth_tiles, panel, sums + row * kGateColumns);
+    }
     return;
   }
   for (int64_t column = 0; column < 4; column += 2) {

@@ -5,7 +5,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "lstm_layer.h"
-#include "split.h"
+#include "product.h"
 
 namespace fastattn {
 
@@ -83,7 +83,7 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
         one.sums = at::empty({s.rows, 4 * s.units()}, floats);
       }
     } else if (input_product_first(s)) {
-      one.sums = split_linear(input, dense_float(weight[0]), one.bias);
+      one.sums = linear(input, dense_float(weight[0]), one.bias);
     } else if (form == LstmForm::rows) {
       one.rows_x = dense_float(weight[0]);
     } else {

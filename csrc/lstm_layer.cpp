@@ -3,7 +3,6 @@
 #include <ATen/ops/constant_pad_nd.h>
 
 #include <algorithm>
-#include <cstring>
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -101,15 +100,10 @@ Floats pack_columns(const at::Tensor& matrix, LstmForm form) {
     });
     return packed;
   }
-  const float* from = dense.const_data_ptr<float>();
+  const Operand turned{dense.const_data_ptr<float>(), columns, depth, 1, columns};
   Floats packed(count * depth * kGateColumns);
   for_each(count, count * depth * kGateColumns > kManyNumbers, [&](int64_t panel) {
-    const int64_t here = std::min(kGateColumns, columns - panel * kGateColumns);
-    float* to = packed + panel * depth * kGateColumns;
-    for (int64_t k = 0; k < depth; ++k, to += kGateColumns) {
-      std::memcpy(to, from + k * columns + panel * kGateColumns, static_cast<size_t>(here) * sizeof(float));
-      std::fill(to + here, to + kGateColumns, 0.0f);
-    }
+    panel_kernels().pack(turned, panel, packed + panel * depth * kGateColumns);
   });
   return packed;
 }

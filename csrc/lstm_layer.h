@@ -31,9 +31,6 @@ inline char* at_element(const at::Tensor& tensor, int64_t offset) {
   return static_cast<char*>(tensor.data_ptr()) + offset * static_cast<int64_t>(tensor.element_size());
 }
 
-// Panels of 64 columns.
-inline int64_t panels(int64_t columns) { return (columns + kGateColumns - 1) / kGateColumns; }
-
 // The share of part `part` of `parts` in [0, count).
 inline Range share(int64_t count, int64_t part, int64_t parts) {
   return {count * part / parts, count * (part + 1) / parts};
@@ -65,9 +62,6 @@ struct Part {
 // has so few rows that the weights it reads in a step are not worth it: then its units are split. Where the directions do
 // not run at the same time, each thread has a part of both, that of the first direction first.
 std::vector<Part> lstm_parts(const LstmShape& shape, LstmForm form, int64_t threads);
-
-// What may be expected of a second-level cache.
-constexpr int64_t kCacheBytes = int64_t{2} << 20;
 
 inline int64_t weight_bytes(const LstmShape& shape) {
   return 4 * shape.hidden * (shape.inputs + shape.state) * static_cast<int64_t>(sizeof(float));

@@ -12,26 +12,9 @@ static inline vec sigmoid(vec x) { return reciprocal(1.0f + exp(x < -87.0f ? spl
 
 static void lstm_pack_gates(
     const float* weight, int64_t row, int64_t hidden, int64_t depth, int64_t block, float* panel) {
+  const int64_t first = block * kUnits;
   for (int64_t gate = 0; gate < 4; ++gate)
-    for (int64_t unit = 0; unit < kUnits; unit += kLanes) {
-      const int64_t first = block * kUnits + unit, there = min(kLanes, hidden - first);
-      const float* from = weight + (gate * hidden + first) * row;
-      float* to = panel + gate * kUnits + unit;
-      for (int64_t k = 0; k < depth; k += kLanes) {
-        const int64_t here = min(kLanes, depth - k);
-        vec square[kLanes];
-        if (there == kLanes && here == kLanes) {
-          for (int i = 0; i < kLanes; ++i) square[i] = load(from + i * row + k);
-        } else {
-          float part[kLanes][kLanes] = {};
-          for (int64_t i = 0; i < there; ++i)
-            for (int64_t j = 0; j < here; ++j) part[i][j] = from[i * row + k + j];
-          for (int i = 0; i < kLanes; ++i) square[i] = load(part[i]);
-        }
-        transpose(square);
-        for (int64_t j = 0; j < here; ++j) store(to + (k + j) * kGateColumns, square[j]);
-      }
-    }
+    pack_turned(weight + (gate * hidden + first) * row, row, hidden - first, depth, kUnits, panel + gate * kUnits);
 }
 
 // kLanes numbers of a saved type.
@@ -73,12 +56,6 @@ static inline void with_saved_type(Type type, F f) {
 static inline void store_lanes(BFloat16* p, vec v, int64_t count) {
   if (count >= kLanes) return store_as(p, v);
   for (int64_t i = 0; i < count; ++i) from_float(v[i], p + i);
-}
-
-// A null pointer stays null.
-template <class T>
-static inline T* offset(T* p, int64_t by) {
-  return p ? p + by : nullptr;
 }
 
 // Adds to sums[gate * 16 + u] the product of `left` (K) with the row of W (4H, K) that holds that gate of unit u, for
@@ -125,7 +102,7 @@ static inline LstmLeft lstm_left(
   }
   if (form == LstmForm::split) {
     const LstmLeft left{to, 0};
-    const SplitOperand operand{(const float*)from + first * from_row, rows, depth, from_row, 1};
+    const Operand operand{(const float*)from + first * from_row, rows, depth, from_row, 1};
     for (int64_t half = 0; half * 16 < rows; ++half)
       split_pack<true>(operand, half, (uint16_t*)to + split_half(half, depth));
     to += split_blocks(rows) * split_block(depth) / 2;

@@ -12,10 +12,10 @@ namespace fastattn {
 // the largest products are then far above 2^-126, below which AMX takes numbers for 0.
 bool splits(const at::Tensor& tensor);
 
-// left (M, K) right (K, N), of any type; by torch's product where splitting is not possible or not worth it.
-at::Tensor split_mm(const at::Tensor& left, const at::Tensor& right);
+// Whether left (M, K) and right (N, K) have a product that may be split and is faster so than by torch.
+bool can_split(const at::Tensor& left, const at::Tensor& right);
 
-// input (M, K) weight (N, K)^T + bias (N), likewise.
-at::Tensor split_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias);
+// out (M, N), contiguous, = left (M, K) right (N, K)^T, plus a bias (N) where it is defined, for such operands.
+void split_product(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias);
 
 }  // namespace fastattn

@@ -17,16 +17,9 @@
 // AMX: 16 rows of 32 consecutive k, or 16 pairs of consecutive k of 16 columns, tile[k / 2][column][k % 2].
 #pragma once
 
-#include <cstdint>
+#include "operand.h"
 
 namespace fastattn {
-
-struct Range {
-  int64_t begin, end;
-  bool empty() const { return begin >= end; }
-};
-
-constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 constexpr int64_t kSplitParts = 3, kSplitBlock = 32, kSplitDepth = 32;
 constexpr int64_t kSplitTile = 16 * kSplitDepth;
@@ -41,14 +34,6 @@ constexpr int64_t split_block(int64_t depth) { return kSplitParts * split_depth(
 // Where half a block begins in an operand of that depth.
 constexpr int64_t split_half(int64_t half, int64_t depth) { return half / 2 * split_block(depth) + half % 2 * kSplitTile; }
 
-// A left operand (M, K), or the transpose (N, K) of a right one: element (i, k) is data[i * row + k * column]. One of
-// the strides is 1.
-struct SplitOperand {
-  const float* data;
-  int64_t rows, depth;
-  int64_t row, column;
-};
-
 // out (rows, columns) = left times right.
 struct SplitProduct {
   int64_t rows, columns, depth;
@@ -60,8 +45,8 @@ struct SplitProduct {
 struct SplitKernels {
   // 16 rows of an operand, rows 16 * half on, to the first tile of that half of a block: the even halves of a packed
   // operand begin its blocks, the odd ones stand a tile behind.
-  void (*pack_left)(const SplitOperand&, int64_t half, uint16_t* to);
-  void (*pack_right)(const SplitOperand&, int64_t half, uint16_t* to);
+  void (*pack_left)(const Operand&, int64_t half, uint16_t* to);
+  void (*pack_right)(const Operand&, int64_t half, uint16_t* to);
   // Plus a bias (columns), unless it is null. For an `out` larger than the caches; best where the left operand stays in
   // the second-level one.
   void (*product)(const SplitProduct&, const float* bias);

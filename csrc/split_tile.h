@@ -61,7 +61,7 @@ static inline void turn_tile(uint16_t* tile) {
 }
 
 template <bool LEFT>
-static void split_pack(const SplitOperand& o, int64_t half, uint16_t* to) {
+static void split_pack(const Operand& o, int64_t half, uint16_t* to) {
   const int64_t part_step = split_block(o.depth) / kSplitParts;
   const int64_t first = half * 16, there = max(int64_t{0}, min(int64_t{16}, o.rows - first));
   for (int64_t k = 0; k < o.depth; k += kSplitDepth, to += 2 * kSplitTile) {
@@ -193,37 +193,6 @@ static void split_multiply(
 // Steps in depth at a time: 32 columns of so many are 24 kB, half of a first-level cache.
 constexpr int64_t kSplitSteps = 4;
 
-// Writes around the caches; `to` is a multiple of a vector.
-static inline void stream(float* to, vec x) {
-#if defined(FASTATTN_AVX512)
-  __asm__ volatile("vmovntps %1, %0" : "=m"(*(vec*)to) : "v"(x));
-#else
-  store(to, x);
-#endif
-}
-
-// Orders what was streamed before what this thread writes later.
-static inline void stream_end() {
-#if defined(FASTATTN_AVX512)
-  __asm__ volatile("sfence" : : : "memory");
-#endif
-}
-
-// to (rows, columns) = from, plus the bias. STREAMED: around the caches, whole vectors alone.
-template <bool STREAMED = false>
-static void split_copy(
-    const float* from, int64_t from_row, int64_t rows, int64_t columns, const float* bias, float* to, int64_t to_row) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      vec x = load_lanes(from + i * from_row + j, columns - j);
-      if (bias) x += load_lanes(bias + j, columns - j);
-      if constexpr (STREAMED)
-        stream(to + i * to_row + j, x);
-      else
-        store_lanes(to + i * to_row + j, x, columns - j);
-    }
-}
-
 // Adds up to `steps` steps from step t on for the block of rows from m and of columns from n on.
 static inline void split_chunk(
     const SplitProduct& p, int64_t m, int64_t n, int64_t t, int64_t steps, int64_t rows, float* sums, int64_t sums_row,
@@ -249,9 +218,9 @@ static void split_gemm(const SplitProduct& p, bool accumulate) {
           split_chunk(p, m, n, t, steps, rows, out, p.out_row, add);
           continue;
         }
-        if (add) split_copy(out, p.out_row, rows, columns, nullptr, edge, kSplitBlock);
+        if (add) copy_tile(out, p.out_row, rows, columns, nullptr, edge, kSplitBlock);
         split_chunk(p, m, n, t, steps, rows, edge, kSplitBlock, add);
-        split_copy(edge, kSplitBlock, rows, columns, nullptr, out, p.out_row);
+        copy_tile(edge, kSplitBlock, rows, columns, nullptr, out, p.out_row);
       }
 }
 
@@ -269,7 +238,7 @@ static void split_product(const SplitProduct& p, const float* bias) {
         for (int64_t m = first; m < end; m += kSplitBlock)
           split_chunk(
               p, m, n, t, kSplitSteps, min(kSplitBlock, end - m), panel + (m - first) * kSplitBlock, kSplitBlock, t > 0);
-      (around && columns == kSplitBlock ? split_copy<true> : split_copy<false>)(
+      (around && columns == kSplitBlock ? copy_tile<true> : copy_tile<false>)(
           panel, kSplitBlock, end - first, columns, bias ? bias + n : nullptr, p.out + first * p.out_row + n, p.out_row);
     }
   stream_end();

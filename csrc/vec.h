@@ -24,6 +24,12 @@ static inline vec max(vec a, vec b) { return a > b ? a : b; }
 static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// A null pointer stays null.
+template <class T>
+static inline T* offset(T* p, int64_t by) {
+  return p ? p + by : nullptr;
+}
+
 constexpr float kInfinity = __builtin_inff();
 
 // exp(x) for x <= 88, within 2 units in the last place; 0 below the smallest normal result, NaN for any NaN.

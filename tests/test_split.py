@@ -37,13 +37,13 @@ def split(request: pytest.FixtureRequest) -> Iterator[str]:
 def errors(left: Tensor, right: Tensor) -> tuple[float, float]:
     """Root mean square errors against float64 of ours and of torch's product."""
     exact = left.double() @ right.double()
-    ours, theirs = _C.split_mm(left, right), left @ right
+    ours, theirs = _C.mm(left, right), left @ right
     return tuple((result - exact).square().mean().sqrt().item() for result in (ours, theirs))  # type: ignore[return-value]
 
 
 def is_split(left: Tensor, right: Tensor) -> bool:
     """Whether these are not torch's bits."""
-    return not torch.equal(_C.split_mm(left, right), left @ right)
+    return not torch.equal(_C.mm(left, right), left @ right)
 
 
 @pytest.mark.usefixtures("split")
@@ -74,7 +74,7 @@ def test_error_of_float32(
 def test_exact_where_float32_is() -> None:
     """Integers of 12 bits: every product and every sum is a float32, and the parts are exact."""
     left, right = torch.randint(-(2**11), 2**11, (512, 64)).float(), torch.randint(-1, 2, (64, 192)).float()
-    assert torch.equal(_C.split_mm(left, right), left @ right)
+    assert torch.equal(_C.mm(left, right), left @ right)
 
 
 @pytest.mark.usefixtures("split")
@@ -82,7 +82,7 @@ def test_a_view_and_a_bias() -> None:
     wide = torch.randn(512, 200)
     left, weight, bias = wide[:, 40:140], torch.randn(210, 100), torch.randn(210)
     exact = left.double() @ weight.double().t() + bias.double()
-    difference = (_C.split_linear(left, weight, bias) - exact).abs().max().item()
+    difference = (_C.linear(left, weight, bias) - exact).abs().max().item()
     assert difference <= 2 * (torch.nn.functional.linear(left, weight, bias) - exact).abs().max().item()
 
 
@@ -103,16 +103,16 @@ def test_what_cannot_be_split_is_torchs_product(spoil: Callable[[Tensor], Tensor
     for operand in operands[side] if isinstance(side, slice) else [operands[side]]:
         spoil(operand)
     torch.testing.assert_close(
-        _C.split_mm(*operands), operands[0] @ operands[1], rtol=0, atol=0, equal_nan=True
+        _C.mm(*operands), operands[0] @ operands[1], rtol=0, atol=0, equal_nan=True
     )
 
 
 @pytest.mark.usefixtures("split")
 def test_zeros_and_other_types() -> None:
-    assert torch.equal(_C.split_mm(torch.zeros(512, 64), torch.randn(64, 192)), torch.zeros(512, 192))
+    assert torch.equal(_C.mm(torch.zeros(512, 64), torch.randn(64, 192)), torch.zeros(512, 192))
     for dtype in (torch.float64, torch.bfloat16):
         left, right = torch.randn(512, 64).to(dtype), torch.randn(64, 192).to(dtype)
-        assert torch.equal(_C.split_mm(left, right), left @ right)
+        assert torch.equal(_C.mm(left, right), left @ right)
 
 
 # The LSTM whose steps are split: from 32 rows a step on forwards, from 64 backwards -----------------------------
@@ -219,7 +219,7 @@ def test_wrong_shapes_are_torchs_errors(weight: tuple[int, ...], bias: tuple[int
 def test_a_bias_that_broadcasts(bias: tuple[int, ...]) -> None:
     given = torch.randn(600, 128), torch.randn(200, 128), torch.randn(bias)
     assert torch.equal(linear(*given), torch.nn.functional.linear(*given))
-    torch.testing.assert_close(_C.split_linear(*given), torch.nn.functional.linear(*given))
+    torch.testing.assert_close(_C.linear(*given), torch.nn.functional.linear(*given))
 
 
 @pytest.mark.usefixtures("split")

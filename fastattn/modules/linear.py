@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if onlookers.present(x, weight, *(() if bias is None else (bias,))):
         return _linear(x, weight, bias)
     many = x.dim() > 1 and x.numel() >= _LEAST_ROWS * max(x.shape[-1], 1)
-    if many and extension.has_split_products() and _fits(x, weight, bias) and _plain(x, weight, bias):
+    if many and extension.has_own_products() and _fits(x, weight, bias) and _plain(x, weight, bias):
         return extension.linear(x, weight, bias)
     return _linear(x, weight, bias)
 

@@ -31,16 +31,16 @@ def use_instruction_set(name: str) -> None:
         raise ValueError(f"instruction set: got {name!r}, this processor has {', '.join(instruction_sets())}")
 
 
-def has_split_products() -> bool:
+def has_own_products() -> bool:
     """Whether the instruction set in use has the products of ``linear``."""
-    return UNAVAILABLE is None and bool(_extension.has_split_products())
+    return UNAVAILABLE is None and bool(_extension.has_own_products())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., K) weight (N, K)^T + bias (N), float32 without gradients; torch's product unless splitting is faster."""
     rows = x.reshape(-1, x.shape[-1])
     product: Tensor
-    product = _extension.split_mm(rows, weight.t()) if bias is None else _extension.split_linear(rows, weight, bias)
+    product = _extension.mm(rows, weight.t()) if bias is None else _extension.linear(rows, weight, bias)
     # A view made without gradients could not be changed in place with them later.
     return product if x.dim() == 2 else torch.ops.aten._unsafe_view(product, [*x.shape[:-1], weight.shape[0]])
 

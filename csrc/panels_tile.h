@@ -1,0 +1,74 @@
+// Products of float32 matrices by panels. Part of kernels.inc.h; the method stands in panels_cpu.h.
+
+// to (depth, 64 columns): column i is row i of `from` (there, depth), zeros beyond `there`; 64 of them, or fewer where
+// the others are written by other calls.
+static void pack_turned(
+    const float* from, int64_t row, int64_t there, int64_t depth, int64_t columns, float* to) {
+  for (int64_t i = 0; i < columns; i += kLanes)
+    for (int64_t k = 0; k < depth; k += kLanes) {
+      const int64_t rows = min(kLanes, there - i), here = min(kLanes, depth - k);
+      vec square[kLanes];
+      for (int j = 0; j < kLanes; ++j) square[j] = j < rows ? load_lanes(from + (i + j) * row + k, here) : vec{};
+      transpose(square);
+      for (int64_t j = 0; j < here; ++j) store(to + (k + j) * kPanelColumns + i, square[j]);
+    }
+}
+
+static void panel_pack(const Operand& o, int64_t panel, float* to) {
+  const int64_t first = panel * kPanelColumns, there = min(kPanelColumns, o.rows - first);
+  const float* from = o.data + first * o.row;
+  if (o.column == 1) return pack_turned(from, o.row, there, o.depth, kPanelColumns, to);
+  for (int64_t k = 0; k < o.depth; ++k, from += o.column, to += kPanelColumns)
+    for (int64_t i = 0; i < kPanelColumns; i += kLanes)
+      store(to + i, i < there ? load_lanes(from + i, there - i) : vec{});
+}
+
+// Rows [first, first + rows) and depth [k, k + depth) of a left operand, to scratch: row by row, or, where it is the
+// transpose that has contiguous rows, column by column.
+static inline Matrix panel_left(const Operand& o, int64_t first, int64_t rows, int64_t k, int64_t depth, float* to) {
+  const float* from = o.data + first * o.row + k * o.column;
+  if (o.column == 1) {
+    const int64_t row = round_up(depth, kPad) + kPad;  // rows 4 kB apart would fall into the same sets of the cache
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < depth; j += kLanes) store_lanes(to + i * row + j, load_lanes(from + i * o.row + j, depth - j), depth - j);
+    return {to, row, 1};
+  }
+  for (int64_t j = 0; j < depth; ++j)
+    for (int64_t i = 0; i < rows; i += kLanes)
+      store(to + j * kPanelRows + i, load_lanes(from + j * o.column + i, rows - i));
+  return {to, 1, kPanelRows};
+}
+
+// to (rows, columns) += from.
+static void add_tile(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to, int64_t to_row) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      float* at = to + i * to_row + j;
+      store_lanes(at, load_lanes(at, columns - j) + load_lanes(from + i * from_row + j, columns - j), columns - j);
+    }
+}
+
+static void panel_rows(const PanelProduct& p, int64_t first, Range panels, float* scratch) {
+  float *sums = scratch, *packed = scratch + kPanelRows * kPanelColumns;
+  const int64_t rows = min(kPanelRows, p.left.rows - first), depth = p.left.depth;
+  const bool around = p.around && depth <= kPanelDepth && p.out_row % kLanes == 0 && (uintptr_t)p.out % sizeof(vec) == 0;
+  for (int64_t k = 0; k < depth; k += kPanelDepth) {
+    const int64_t here = min(kPanelDepth, depth - k);
+    const Matrix left = panel_left(p.left, first, rows, k, here, packed);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const float* right = p.right + (panel * depth + k) * kPanelColumns;
+      gemm<true>(rows, kPanelColumns, here, left, right, kPanelColumns, sums, kPanelColumns, false);
+      const int64_t column = panel * kPanelColumns, columns = min(kPanelColumns, p.columns - column);
+      float* to = p.out + first * p.out_row + column;
+      if (k > 0)
+        add_tile(sums, kPanelColumns, rows, columns, to, p.out_row);
+      else if (around && columns == kPanelColumns)
+        copy_tile<true>(sums, kPanelColumns, rows, columns, offset(p.bias, column), to, p.out_row);
+      else
+        copy_tile(sums, kPanelColumns, rows, columns, offset(p.bias, column), to, p.out_row);
+    }
+  }
+  stream_end();
+}
+
+static const PanelKernels panel_table = {panel_pack, panel_rows};

@@ -1,0 +1,41 @@
+#include "product.h"
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+
+#include "panels.h"
+#include "split.h"
+
+namespace fastattn {
+
+// left (M, K) right (N, K)^T plus a bias (N) where it is defined, to `out`, or to a new tensor where that is not defined;
+// not at all, and false, where torch's product is the one to take.
+static bool own_product(at::Tensor& out, const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias) {
+  if (left.dim() != 2 || right.dim() != 2) return false;
+  const bool split = can_split(left, right);
+  if (!split && !worth_panels(left, right)) return false;
+  if (!out.defined()) out = at::empty({left.size(0), right.size(0)}, left.options());
+  (split ? split_product : panel_product)(out, left, right, bias);
+  return true;
+}
+
+at::Tensor mm(const at::Tensor& left, const at::Tensor& right) {
+  at::Tensor out;
+  return right.dim() == 2 && own_product(out, left, right.t(), {}) ? out : at::mm(left, right);
+}
+
+void mm_out(at::Tensor& out, const at::Tensor& left, const at::Tensor& right) {
+  if (!own_product(out, left, right.t(), {})) at::mm_out(out, left, right);
+}
+
+at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) {
+  const bool per_column = weight.dim() == 2 && bias.dim() == 1 && bias.size(0) == weight.size(0) &&
+                          bias.scalar_type() == at::kFloat;
+  at::Tensor out;
+  return per_column && own_product(out, input, weight, bias) ? out : at::addmm(bias, input, weight.t());
+}
+
+bool has_own_products() { return has_split_products() || prefers_panels(); }
+
+}  // namespace fastattn

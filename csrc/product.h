@@ -1,0 +1,20 @@
+// Products of matrices on the CPU: the fastest of split.h, panels.h and torch's.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace fastattn {
+
+// left (M, K) right (K, N), of any type.
+at::Tensor mm(const at::Tensor& left, const at::Tensor& right);
+
+// The same to `out` (M, N), contiguous and of the operands' type.
+void mm_out(at::Tensor& out, const at::Tensor& left, const at::Tensor& right);
+
+// input (M, K) weight (N, K)^T + bias (N), likewise.
+at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias);
+
+// Whether some of these products are not torch's with the instruction set in use.
+bool has_own_products();
+
+}  // namespace fastattn
