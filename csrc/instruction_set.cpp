@@ -68,8 +68,9 @@ std::vector<Entry> find() {
     entries.push_back({"avx2", &avx2::table, LstmForm::panels});
 #endif
   entries.push_back({"portable", &portable::table, LstmForm::panels});
-  // Emulates the products of bfloat16, slowly: for tests on processors without AMX.
+  // For tests on processors without AMX, which emulate the products of bfloat16 slowly, and on those not of AMD.
   entries.push_back({"portable+split", &portable::table, LstmForm::panels, true});
+  entries.push_back({"portable+panels", &portable::table, LstmForm::panels, false, true});
   return entries;
 }
 

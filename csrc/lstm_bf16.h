@@ -108,6 +108,9 @@ static inline vec dot_pairs(vec sum, vec left, vec right) {
   return sum;
 }
 
+// As kAhead of gemm.h.
+constexpr int64_t kTilesAhead = 2;
+
 // ROWS rows of `left` times VECTORS of the four tiles of columns of a panel, added to `sums` (rows, 64).
 // Not inlined: among its callers' variables GCC 12 keeps the sums in memory, at half the speed.
 template <int ROWS, int VECTORS>
@@ -119,8 +122,11 @@ __attribute__((noinline)) static void lstm_block_dot(
   for (int64_t t = 0; t < depth_tiles; ++t, b += 4 * kTileNumbers)
     for (int64_t pair = 0; pair < kTileDepth / 2; ++pair) {
       vec right[VECTORS];
-      for (int v = 0; v < VECTORS; ++v)
-        __builtin_memcpy(&right[v], b + v * kTileNumbers + pair * 2 * kLanes, sizeof(vec));
+      for (int v = 0; v < VECTORS; ++v) {
+        const BFloat16* from = b + v * kTileNumbers + pair * 2 * kLanes;
+        __builtin_memcpy(&right[v], from, sizeof(vec));
+        if constexpr (ROWS >= 4) __builtin_prefetch(from + kTilesAhead * 4 * kTileNumbers, 0, 2);
+      }
       for (int r = 0; r < ROWS; ++r) {
         float both;
         __builtin_memcpy(&both, left.data + r * left.row + t * kTileDepth + 2 * pair, sizeof both);

@@ -13,8 +13,8 @@ namespace {
 
 // What one direction reads.
 struct Direction {
-  at::Tensor bias;  // (4H), or as a row of sums
-  at::Tensor sums;  // W_ih x + b of all steps, where they come before the recurrence: (N, 4H), (N, 4Hr) by own_sums
+  at::Tensor bias;  // (4H); (4Hr), block by block, for own_sums
+  at::Tensor sums;  // W_ih x + b, where they come before the recurrence: of all steps (N, 4H), of some (rows, 4Hr)
   Floats weight_x, weight_h, projection;
   at::Tensor rows_x, rows_h;  // the weights themselves, for LstmForm::rows
 };
@@ -27,22 +27,27 @@ struct ForwardLayer {
   at::Tensor out, m;     // operands: (N, D P); (D, B, H) where there is a projection
   at::Tensor gates, cells;
   std::vector<Direction> directions;
+  int64_t ahead = 0;  // steps whose sums are made at a time, block by block; 0: those of all steps, or of none
   bool save;
 
   ForwardLayer(const LstmArgs& args, bool keep);
   void walk(const Part& part, Barrier& barrier, float* scratch) const;
 
  private:
-  void own_sums(const Part& part, float* scratch) const;
-  void step(const Part& part, int64_t t, Range rows, const void* h, int64_t h_row, float* scratch) const;
+  void own_sums(const Part& part, Range rows, int64_t to_row, float* scratch) const;
+  void step(
+      const Part& part, int64_t t, Range rows, int64_t sums_row, const void* h, int64_t h_row, float* scratch) const;
   void project(const Part& part, int64_t t, Range rows, float* scratch) const;
 };
 
-// Whether W_ih x of all steps is one product before the recurrence. It is where reading W_ih in each step costs more than
+// Whether W_ih x of many steps is one product before they are taken. It is where reading W_ih in each step costs more than
 // writing and reading the sums: with few rows, or weights beyond the cache.
 bool input_product_first(const LstmShape& shape) {
   return shape.steps > 1 && (shape.batch < kRowsOfATile || weight_bytes(shape) > kCacheBytes);
 }
+
+// Rows of one product of the input: tiles of all heights fill them, and their sums stay in the caches until they are used.
+constexpr int64_t kRowsAhead = 192;
 
 // Rows of a single step up to which packing the weights costs more than it gains. Over many steps it costs more with one
 // row, where the weights are large: 1.05 to 1.4 times the time for 512 units and 100 to 10 steps.
@@ -71,24 +76,25 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
     gates = at::empty({s.rows, s.directions, 4 * s.units()}, args.input.options());
     cells = at::empty({s.rows, s.directions, s.units()}, floats);
   }
+  // In bfloat16 reading W_ih costs half as much; torch's product would round the sums.
+  const bool first = is_half(form) ? s.steps > 1 && s.batch < kRowsOfATile : input_product_first(s);
+  if (first && (is_half(form) || form == LstmForm::panels))
+    ahead = std::min(s.steps, std::max<int64_t>(kRowsAhead / std::max<int64_t>(s.batch, 1), 1));
   for (int64_t d = 0; d < s.directions; ++d) {
     const at::Tensor* weight = args.weights.data() + d * s.weights_per_direction();
     Direction& one = directions.emplace_back();
     one.bias = s.biases ? at::add(dense_float(weight[2]), dense_float(weight[3])) : at::zeros({4 * s.hidden}, floats);
     if (s.projection) one.projection = pack_columns(weight[s.weights_per_direction() - 1].t(), LstmForm::panels);
-    if (is_half(form)) {
-      one.weight_x = pack_gates(weight[0], s.hidden, form);
-      if (s.steps > 1 && s.batch < kRowsOfATile) {
-        one.bias = gate_rows(one.bias, s.hidden).view({-1});
-        one.sums = at::empty({s.rows, 4 * s.units()}, floats);
-      }
-    } else if (input_product_first(s)) {
-      one.sums = linear(input, dense_float(weight[0]), one.bias);
-    } else if (form == LstmForm::rows) {
-      one.rows_x = dense_float(weight[0]);
-    } else {
-      one.weight_x = pack_gates(weight[0], s.hidden, form);
+    if (ahead > 0) {
+      one.bias = gate_rows(one.bias, s.hidden).view({-1});
+      one.sums = at::empty({ahead * s.batch, 4 * s.units()}, floats);
     }
+    if (ahead == 0 && first)
+      one.sums = linear(input, dense_float(weight[0]), one.bias);
+    else if (form == LstmForm::rows)
+      one.rows_x = dense_float(weight[0]);
+    else
+      one.weight_x = pack_gates(weight[0], s.hidden, form);
     if (form == LstmForm::rows)
       one.rows_h = dense_float(weight[1]);
     else
@@ -96,23 +102,25 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
   }
 }
 
-// W_ih x + b of all steps for the units of one part: torch's product of bfloat16 matrices would round it to bfloat16.
-void ForwardLayer::own_sums(const Part& part, float* scratch) const {
+// W_ih x + b for the units of one part and rows of the input, to the row `to_row` of the sums.
+void ForwardLayer::own_sums(const Part& part, Range rows, int64_t to_row, float* scratch) const {
+  if (rows.empty()) return;
   const Direction& own = directions[static_cast<size_t>(part.direction)];
   LstmProduct p{};
   p.form = form;
-  p.rows = shape.rows;
+  p.rows = rows.end - rows.begin;
   p.columns = p.out_row = 4 * shape.units();
   p.depth = p.left_row = shape.inputs;
   p.start = own.bias.const_data_ptr<float>();
-  p.left = input.const_data_ptr();
+  p.left = at_element(input, rows.begin * shape.inputs);
   p.weight = own.weight_x.get();
-  p.out = own.sums.data_ptr<float>();
+  p.out = own.sums.data_ptr<float>() + to_row * p.out_row;
   lstm_kernels().product(p, share(shape.units() / kUnits, part.member, part.members), scratch);
 }
 
+// `sums_row` is the row of the sums that belongs to the first one of step t.
 void ForwardLayer::step(
-    const Part& part, int64_t t, Range rows, const void* h, int64_t h_row, float* scratch) const {
+    const Part& part, int64_t t, Range rows, int64_t sums_row, const void* h, int64_t h_row, float* scratch) const {
   if (rows.empty()) return;
   const int64_t d = part.direction, units = shape.units(), row = shape.first[static_cast<size_t>(t)] + rows.begin;
   const Direction& own = directions[static_cast<size_t>(d)];
@@ -122,10 +130,12 @@ void ForwardLayer::step(
   s.inputs = shape.inputs;
   s.hidden = shape.hidden;
   s.state = shape.state;
-  if (own.sums.defined()) s.sums = own.sums.const_data_ptr<float>() + row * own.sums.size(1);
-  s.sums_row = own.sums.defined() ? own.sums.size(1) : 0;
-  s.sums_gate = is_half(form) ? kUnits : shape.hidden;
-  s.sums_block = is_half(form) ? kGateColumns : kUnits;
+  if (own.sums.defined()) {
+    s.sums_row = own.sums.size(1);
+    s.sums = own.sums.const_data_ptr<float>() + (sums_row + rows.begin) * s.sums_row;
+  }
+  s.sums_gate = ahead > 0 ? kUnits : shape.hidden;
+  s.sums_block = ahead > 0 ? kGateColumns : kUnits;
   s.form = form;
   s.input = at_element(input, row * shape.inputs);
   s.input_row = shape.inputs;
@@ -166,19 +176,31 @@ void ForwardLayer::project(const Part& part, int64_t t, Range rows, float* scrat
 // All steps of one part. The state of the step before is read from `out`; rows that begin here, from h0.
 void ForwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) const {
   const int64_t d = part.direction, out_row = shape.directions * shape.state;
-  if (is_half(form) && directions[static_cast<size_t>(d)].sums.defined()) own_sums(part, scratch);
+  const bool whole = part.rows.begin == 0 && part.rows.end == shape.batch;
+  const int64_t stride = whole ? ahead : std::min<int64_t>(ahead, 1);  // rows of one step follow one another
   int64_t there = 0, before = -1;  // rows of the step before, and that step
+  int64_t sums_begin = 0;          // the row of the input whose sums come first
   for (int64_t i = 0; i < shape.steps; ++i) {
     const int64_t t = d == 0 ? i : shape.steps - 1 - i, active = shape.active[static_cast<size_t>(t)];
+    if (stride > 0 && i % stride == 0) {
+      const int64_t last = std::min(i + stride, shape.steps) - 1;
+      const int64_t low = d == 0 ? i : shape.steps - 1 - last, high = d == 0 ? last : t;
+      sums_begin = shape.first[static_cast<size_t>(low)];
+      const int64_t end = shape.first[static_cast<size_t>(high)] + shape.active[static_cast<size_t>(high)];
+      const Range rows = whole ? Range{sums_begin, end}
+                               : Range{sums_begin + part.rows.begin, sums_begin + std::min(part.rows.end, active)};
+      own_sums(part, rows, rows.begin - sums_begin, scratch);
+    }
+    const int64_t sums_row = shape.first[static_cast<size_t>(t)] - sums_begin;
     const Range going{part.rows.begin, std::min(part.rows.end, std::min(active, there))};
     const Range beginning{std::max(part.rows.begin, there), std::min(part.rows.end, active)};
     if (!going.empty()) {
       const int64_t row = shape.first[static_cast<size_t>(before)] + going.begin;
-      step(part, t, going, at_element(out, row * out_row + d * shape.state), out_row, scratch);
+      step(part, t, going, sums_row, at_element(out, row * out_row + d * shape.state), out_row, scratch);
     }
     if (!beginning.empty()) {
-      step(part, t, beginning, at_element(h0, (d * shape.batch + beginning.begin) * shape.state), shape.state,
-           scratch);
+      const void* h = at_element(h0, (d * shape.batch + beginning.begin) * shape.state);
+      step(part, t, beginning, sums_row, h, shape.state, scratch);
     }
     const Range rows{part.rows.begin, std::min(part.rows.end, active)};
     if (shape.projection && !rows.empty()) {

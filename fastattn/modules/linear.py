@@ -12,7 +12,7 @@ from fastattn.kernels.attention import extension
 # Bound at import: a program may rebind torch.nn.functional's.
 _linear = torch.nn.functional.linear
 
-# Rows from which splitting float32 numbers for a product can pay, as csrc/split.cpp has it.
+# Rows from which the extension's own products can pay, see csrc/split.cpp and csrc/panels.cpp.
 _LEAST_ROWS = 512
 
 
@@ -20,7 +20,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., K) weight (N, K)^T + bias (N), as torch.nn.functional.linear.
 
     Without gradients, float32 on the CPU, from 512 rows on: products on the bfloat16 tiles of AMX where the processor
-    has them, in float32's error (csrc/split_cpu.h).
+    has them, in float32's error (csrc/split_cpu.h), and on AVX-512 processors of AMD products of the extension's own
+    (csrc/panels_cpu.h), for torch's use AVX2 there.
     """
     # First, for a compiler or tracer would hold the sizes that it sees compared against.
     if onlookers.present(x, weight, *(() if bias is None else (bias,))):

@@ -1,0 +1,155 @@
+"""Float32 products by panels (csrc/panels_cpu.h): chosen on processors of AMD, right everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastattn
+from fastattn.kernels.attention import extension
+from fastattn.modules.linear import linear
+
+_C = pytest.importorskip("fastattn._C")
+
+
+def own_sets() -> Iterator[str]:
+    """The sets of this processor that choose panels, and the one that does everywhere."""
+    for name in extension.instruction_sets():
+        extension.use_instruction_set(name)
+        if extension.has_own_products() and "split" not in name and "amx" not in name:
+            yield name
+    extension.use_instruction_set(extension.instruction_sets()[0])
+
+
+@pytest.fixture(params=list(own_sets()))
+def panels(request: pytest.FixtureRequest) -> Iterator[str]:
+    extension.use_instruction_set(request.param)
+    yield request.param
+    extension.use_instruction_set(extension.instruction_sets()[0])
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    return (result - exact).square().mean().sqrt().item()
+
+
+@pytest.mark.usefixtures("panels")
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.integers(900, 1000),
+    columns=st.integers(256, 330),
+    depth=st.one_of(st.integers(600, 700), st.sampled_from((1024, 1025, 2050))),
+    turned=st.tuples(st.booleans(), st.booleans()),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_error_of_float32(
+    rows: int, columns: int, depth: int, turned: tuple[bool, bool], bias: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    left, right = torch.randn(rows, depth), torch.randn(depth, columns)
+    if turned[0]:
+        left = left.t().contiguous().t()
+    if turned[1]:
+        right = right.t().contiguous().t()
+    exact = left.double() @ right.double()
+    if bias:
+        shift = torch.randn(columns)
+        exact += shift
+        ours, theirs = _C.linear(left, right.t(), shift), torch.addmm(shift, left, right)
+    else:
+        ours, theirs = _C.mm(left, right), left @ right
+    assert not torch.equal(ours, theirs)
+    assert error(ours, exact) <= 1.5 * error(theirs, exact)
+
+
+@pytest.mark.usefixtures("panels")
+def test_results_larger_than_the_caches() -> None:
+    """Written around them, where rows begin at whole vectors, and through them where not."""
+    for columns in (768, 770):
+        left, weight, bias = torch.randn(1500, 130), torch.randn(columns, 130), torch.randn(columns)
+        exact = torch.nn.functional.linear(left.double(), weight.double(), bias.double())
+        torch.testing.assert_close(_C.linear(left, weight, bias), exact.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("panels")
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e-42], ids=str)
+def test_numbers_stay_in_their_row(number: float) -> None:
+    left, right = torch.randn(1024, 256), torch.randn(256, 512)
+    wanted = left @ right
+    left[77] = number
+    found = _C.mm(left, right)
+    others = torch.arange(1024) != 77
+    torch.testing.assert_close(found[others], wanted[others], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[77].isfinite(), (left @ right)[77].isfinite())
+
+
+@pytest.mark.usefixtures("panels")
+def test_views_and_strides() -> None:
+    wide = torch.randn(1100, 700)
+    for left in (wide[:1024, 100:400], wide[:1024, ::2][:, :300], wide[:300, :600].t()[:, :300]):
+        right = torch.randn(left.shape[1], 600)
+        exact = left.double() @ right.double()
+        torch.testing.assert_close(_C.mm(left, right), exact.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("panels")
+def test_small_products_and_other_types_are_torchs() -> None:
+    for left, right in [
+        (torch.randn(8, 300), torch.randn(300, 300)),
+        (torch.randn(1024, 16), torch.randn(16, 512)),
+        (torch.randn(512, 512).double(), torch.randn(512, 512).double()),
+        (torch.randn(512, 512).bfloat16(), torch.randn(512, 512).bfloat16()),
+        (torch.randn(512, 0), torch.randn(0, 512)),
+    ]:
+        assert torch.equal(_C.mm(left, right), left @ right)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        _C.mm(torch.randn(1024, 512), torch.randn(511, 512))
+
+
+@pytest.mark.usefixtures("panels")
+def test_the_number_of_threads_changes_no_bit() -> None:
+    left, right = torch.randn(1024, 300), torch.randn(300, 500)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(_C.mm(left, right))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.usefixtures("panels")
+def test_projection_and_module_in_inference() -> None:
+    x, weight, bias = torch.randn(2, 512, 384), torch.nn.Parameter(torch.randn(384, 384)), torch.randn(384)
+    theirs = torch.nn.functional.linear(x, weight, bias)
+    with torch.no_grad():
+        ours = linear(x, weight, bias)
+    assert not torch.equal(ours, theirs)
+    torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(linear(x, weight, bias), theirs)  # with a gradient
+    module, peer = fastattn.MultiheadAttention(384, 4), torch.nn.MultiheadAttention(384, 4)
+    peer.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        out, wanted = module(x, x, x)[0], peer.double()(*[x.double()] * 3)[0]
+    torch.testing.assert_close(out, wanted.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("panels")
+@pytest.mark.parametrize("batch", [3, 40, 130])
+def test_sums_of_the_input_some_steps_at_a_time(batch: int) -> None:
+    """Weights beyond the second-level cache, or few rows: their product comes first, for so many steps at a time."""
+    ours = fastattn.LSTM(300, 320, bidirectional=True)
+    theirs = torch.nn.LSTM(300, 320, bidirectional=True)
+    theirs.load_state_dict(ours.state_dict())
+    lengths = torch.randint(1, 80, (batch,)) if batch < 100 else torch.randint(1, 7, (batch,))
+    x = torch.randn(int(lengths.max()), batch, 300)
+    for given_input in (x, torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)):
+        with torch.no_grad():
+            (found, states), (wanted, last) = ours(given_input), theirs(given_input)
+        for one, other in zip([found, *states], [wanted, *last], strict=True):
+            one, other = (one, other) if isinstance(one, Tensor) else (one.data, other.data)
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
