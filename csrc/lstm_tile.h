@@ -17,32 +17,6 @@ static void lstm_pack_gates(
     pack_turned(weight + (gate * hidden + first) * row, row, hidden - first, depth, kUnits, panel + gate * kUnits);
 }
 
-// kLanes numbers of a saved type.
-static inline vec load_as(const float* p) { return load(p); }
-static inline vec load_as(const BFloat16* p) {
-  half_words bits;
-  __builtin_memcpy(&bits, p, sizeof bits);
-  return (vec)(__builtin_convertvector(bits, words) << 16);
-}
-static inline vec load_as(const Half* p) {
-  float wide[kLanes];
-  for (int i = 0; i < kLanes; ++i) wide[i] = to_float(p[i]);
-  return load(wide);
-}
-
-static inline void store_as(float* p, vec v) { store(p, v); }
-static inline void store_as(BFloat16* p, vec v) {  // as from_float: to nearest, ties to even
-  const words bits = (words)v;
-  const words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const half_words narrow = __builtin_convertvector(v == v ? rounded : words{} + 0x7fc0u, half_words);
-  __builtin_memcpy(p, &narrow, sizeof narrow);
-}
-static inline void store_as(Half* p, vec v) {
-  float wide[kLanes];
-  store(wide, v);
-  for (int i = 0; i < kLanes; ++i) from_float(wide[i], p + i);
-}
-
 // Calls f with a null pointer of the saved type.
 template <class F>
 static inline void with_saved_type(Type type, F f) {

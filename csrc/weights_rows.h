@@ -7,10 +7,10 @@ static void average_row(
     const Tensor4& weights, int64_t b, int64_t row, float* scratch, int64_t j, int64_t n, const float* from,
     float factor, bool first) {
   float* to = weights.type == Type::single ? (float*)at(weights, b, 0, row, j) : scratch + j;
-  if (first)
-    for (int64_t k = 0; k < n; ++k) to[k] = from[k] * factor;
-  else
-    for (int64_t k = 0; k < n; ++k) to[k] += from[k] * factor;
+  for (int64_t k = 0; k < n; k += kLanes) {
+    const vec part = load_lanes(from + k, n - k) * factor;
+    store_lanes(to + k, first ? part : load_lanes(to + k, n - k) + part, n - k);
+  }
 }
 
 static inline void zero_weights(const Tensor4& weights, int64_t b, int64_t h, int64_t row, int64_t begin, int64_t end) {
