@@ -1,7 +1,7 @@
 # Two commands from a fresh clone: make demo, make test. Everything they need goes into $(VENV).
 #
 #   make demo                            set up, then the demonstration on real sentences
-#   make test                            set up, ruff, mypy, the whole test suite
+#   make test                            set up, ruff, mypy, the whole test suite, then make sanitize
 #   make demo PYTHON=python3 VENV=none   install nothing: use that Python and the torch it has (make test: no ruff, mypy)
 #   make test PYTEST_ARGS="-k patching"  arguments for pytest
 #   make fuzz N=5000                     random calls of every attention kernel against the float64 oracle
@@ -45,6 +45,7 @@ demo: setup
 
 test: setup $(CHECK)
 	$(if $(WORKERS),OMP_NUM_THREADS=1) $(RUN) -m pytest $(WORKERS) --durations=15 $(PYTEST_ARGS)
+	$(if $(WORKERS),$(if $(PYTEST_ARGS),,@$(SANITIZE_IF_POSSIBLE)))
 
 # Draw N random calls of attention for each backend instead of the suite's 500.
 fuzz: setup
@@ -54,7 +55,9 @@ fuzz: setup
 SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZE_ARGS ?= tests/test_extension.py tests/test_lstm_op.py tests/test_lstm_bad_input.py tests/test_lstm_runtime.py \
-	tests/test_layer_norm_lstm_op.py tests/test_layer_norm_lstm_bad_input.py
+	tests/test_layer_norm_lstm_op.py tests/test_layer_norm_lstm_bad_input.py tests/test_panels.py
+SANITIZE_IF_POSSIBLE := if echo 'int main() {}' | c++ $(SANITIZERS) -x c++ - -o /dev/null 2>/dev/null; \
+	then $(MAKE) --no-print-directory sanitize; else echo "no compiler with sanitizers: the C++ runs without them"; fi
 sanitize: setup
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)

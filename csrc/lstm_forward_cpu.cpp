@@ -47,7 +47,7 @@ bool input_product_first(const LstmShape& shape) {
 }
 
 // Rows of one product of the input: tiles of all heights fill them, and their sums stay in the caches until they are used.
-constexpr int64_t kRowsAhead = 192;
+constexpr int64_t kRowsOfSums = 192;
 
 // Rows of a single step up to which packing the weights costs more than it gains. Over many steps it costs more with one
 // row, where the weights are large: 1.05 to 1.4 times the time for 512 units and 100 to 10 steps.
@@ -78,8 +78,8 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
   }
   // In bfloat16 reading W_ih costs half as much; torch's product would round the sums.
   const bool first = is_half(form) ? s.steps > 1 && s.batch < kRowsOfATile : input_product_first(s);
-  if (first && (is_half(form) || form == LstmForm::panels))
-    ahead = std::min(s.steps, std::max<int64_t>(kRowsAhead / std::max<int64_t>(s.batch, 1), 1));
+  if (first && (is_half(form) || (form == LstmForm::panels && !has_split_products())))
+    ahead = std::min(s.steps, std::max<int64_t>(kRowsOfSums / std::max<int64_t>(s.batch, 1), 1));
   for (int64_t d = 0; d < s.directions; ++d) {
     const at::Tensor* weight = args.weights.data() + d * s.weights_per_direction();
     Direction& one = directions.emplace_back();

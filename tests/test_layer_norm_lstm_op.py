@@ -47,7 +47,11 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=extension.instruction_sets() if extension.UNAVAILABLE is None else [])
+# Those with a "+" differ from others in products that are tested by themselves.
+SETS = [name for name in extension.instruction_sets() if "+" not in name] if extension.UNAVAILABLE is None else []
+
+
+@pytest.fixture(params=SETS)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     extension.use_instruction_set(request.param)
     yield request.param
