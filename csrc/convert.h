@@ -59,6 +59,15 @@ static inline vec load_as(const BFloat16* p) {
   __builtin_memcpy(&bits, p, sizeof bits);
   return (vec)(__builtin_convertvector(bits, words) << 16);
 }
+#if defined(FASTATTN_F16C)
+static inline vec load_as(const Half* p) {
+  half_words bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  vec wide;
+  __asm__("vcvtph2ps %1, %0" : "=v"(wide) : "v"(bits));
+  return wide;
+}
+#endif
 template <class T>
 static inline vec load_as(const T* p) {
   float wide[kLanes];

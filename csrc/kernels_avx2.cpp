@@ -17,6 +17,7 @@ constexpr int kLanes = 8, kMaxVectors = 2, kAccumulators = 12, kMaxRows = 6;
 }  // namespace avx2
 }  // namespace fastattn
 
+#define FASTATTN_F16C
 #define ISA avx2
 #define ISA_NAME "avx2"
 #include "kernels.inc.h"

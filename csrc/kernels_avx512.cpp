@@ -18,6 +18,7 @@ constexpr int kLanes = 16, kMaxVectors = 4, kAccumulators = 24, kMaxRows = 12;
 }  // namespace fastattn
 
 #define FASTATTN_AVX512
+#define FASTATTN_F16C
 #define FASTATTN_RECIPROCAL_ESTIMATE(x) (vec) __builtin_ia32_rcp14ps512_mask(x, x, 0xffff)
 #define ISA avx512
 #define ISA_NAME "avx512"

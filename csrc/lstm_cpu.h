@@ -19,7 +19,7 @@ constexpr int64_t kGateColumns = 4 * kUnits;  // of a block's panel
 // How a product is made, and so what its operands are.
 enum class LstmForm : uint8_t {
   panels,  // float32, weights packed into panels
-  rows,    // float32, weights as the user has them; forward only, for few rows
+  rows,    // float32, weights as the user has them, of their type below kRowsWorthPacking; forward only, for few rows
   split,   // float32 by split_cpu.h: right operands, the panel of 64 columns two blocks of them
   dots,    // bfloat16 with float32 sums, panels of lstm_bf16.h, by VDPBF16PS
   tiles,   // the same by AMX
@@ -31,6 +31,8 @@ constexpr bool uses_tiles(LstmForm form) { return form == LstmForm::split || for
 
 // Rows of one product at most: their sums, 64 columns each, stay in the first-level cache.
 constexpr int64_t kLstmRows = 64;
+// Rows of a step below which dot products along the rows of W beat packing a block of it into a panel.
+constexpr int64_t kRowsWorthPacking = 12;
 constexpr int64_t lstm_rows(LstmForm form) { return form == LstmForm::split ? 2 * kSplitBlock : 48; }
 
 // Numbers of a panel (K, 64) of bfloat16, K rounded up to 32.
@@ -44,7 +46,7 @@ struct LstmForwardStep {
   LstmForm form;
   const float* sums;      // W_ih x + b, gate g of block b at sums_gate * g + sums_block * b; null: computed here
   const void* input;      // (rows, I), bfloat16 where the form is that
-  const void* weight_x;   // panels (Hr / 16, I, 64); (4H, I) for `rows`, where sums is null
+  const void* weight_x;   // panels (Hr / 16, I, 64); (4H, I) of weight_type for `rows`, where sums is null
   const float* bias;      // (4H)
   const void* h;          // (rows, P) of the step before, bfloat16 likewise
   const void* weight_h;   // likewise, P for I
@@ -52,7 +54,7 @@ struct LstmForwardStep {
   void* m;                // (rows, H), written: o tanh(c); bfloat16 likewise
   void* gates;            // (rows, 4 Hr) of type gates_type, written; or null
   float* cells;           // (rows, Hr), a copy of c_t; or null
-  Type gates_type;
+  Type gates_type, weight_type;
   int64_t sums_row, sums_gate, sums_block, input_row, h_row, cell_row, m_row, gates_row, cells_row;
 };
 

@@ -32,24 +32,40 @@ static inline void store_lanes(BFloat16* p, vec v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) from_float(v[i], p + i);
 }
 
+static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
 // Adds to sums[gate * 16 + u] the product of `left` (K) with the row of W (4H, K) that holds that gate of unit u, for
-// kLanes / 4 units: dot products along the lanes, turned round at the end. `count` of the units exist.
+// kLanes / 4 units: dot products along the lanes, turned round at the end. `count` of the units exist. Few rows are read at
+// a time, four vectors of each: sixteen rows, 2 kB apart, would fall into the same sets of the first-level cache.
+template <class T>
 static inline void lstm_dots(
-    int64_t depth, const float* left, const float* weight, int64_t gate_step, int64_t count, float* sums) {
+    int64_t depth, const float* left, const T* weight, int64_t gate_step, int64_t count, float* sums) {
   constexpr int units = kLanes / 4;
-  const float* rows[kLanes];
-  for (int gate = 0; gate < 4; ++gate)
+  vec dots[kLanes];
+  for (int gate = 0; gate < 4; ++gate) {
+    const T* rows[units];
     for (int u = 0; u < units; ++u)  // one that does not exist repeats the last one, and goes nowhere
-      rows[gate * units + u] = weight + gate * gate_step + min(u, count - 1) * depth;
-  vec dots[kLanes] = {};
-  int64_t k = 0;
-  for (; k + kLanes <= depth; k += kLanes) {
-    const vec l = load(left + k);
-    for (int j = 0; j < kLanes; ++j) dots[j] += l * load(rows[j] + k);
-  }
-  if (k < depth) {
-    const vec l = load_lanes(left + k, depth - k);
-    for (int j = 0; j < kLanes; ++j) dots[j] += l * load_lanes(rows[j] + k, depth - k);
+      rows[u] = weight + gate * gate_step + min(u, count - 1) * depth;
+    const int64_t next = gate < 3 ? gate_step : units * depth - 3 * gate_step;  // the rows after these
+    vec parts[units][4] = {};
+    int64_t k = 0;
+    for (; k + 4 * kLanes <= depth; k += 4 * kLanes)
+      for (int v = 0; v < 4; ++v) {
+        const vec l = load(left + k + v * kLanes);
+        for (int u = 0; u < units; ++u) {
+          parts[u][v] += l * load_as(rows[u] + k + v * kLanes);
+          if (v * kLanes * sizeof(T) % 64 == 0) prefetch(rows[u] + next + k + v * kLanes);
+        }
+      }
+    for (; k < depth; k += kLanes) {
+      const vec l = load_lanes(left + k, depth - k);
+      for (int u = 0; u < units; ++u) {
+        float last[kLanes] = {};
+        for (int64_t i = 0; i < min(kLanes, depth - k); ++i) last[i] = to_float(rows[u][k + i]);
+        parts[u][0] += l * load(last);
+      }
+    }
+    for (int u = 0; u < units; ++u) dots[gate * units + u] = (parts[u][0] + parts[u][1]) + (parts[u][2] + parts[u][3]);
   }
   transpose(dots);
   for (int i = 1; i < kLanes; ++i) dots[0] += dots[i];
@@ -118,24 +134,25 @@ static void lstm_multiply(
              (const float*)weight + panel * depth * kGateColumns, kGateColumns, sums, kGateColumns, add);
 }
 
-// Rows below which dot products along the rows of W beat packing a block of it into a panel.
-constexpr int64_t kRowsWorthPacking = 12;
-
 // sums (rows, 64) += left times the gates of one block, from W (4H, K) as it is; `panel` is scratch for (K, 64).
+// From kRowsWorthPacking rows on W is float32.
 static void lstm_rows_of_weight(
-    int64_t rows, int64_t depth, LstmLeft left, const void* weights, int64_t hidden, int64_t block, float* sums,
-    float* panel) {
-  const float *weight = (const float*)weights, *from = (const float*)left.data;
+    int64_t rows, int64_t depth, LstmLeft left, Type type, const void* weights, int64_t hidden, int64_t block,
+    float* sums, float* panel) {
+  const float* from = (const float*)left.data;
   if (rows >= kRowsWorthPacking) {
-    lstm_pack_gates(weight, depth, hidden, depth, block, panel);
+    lstm_pack_gates((const float*)weights, depth, hidden, depth, block, panel);
     return gemm(rows, kGateColumns, depth, {from, left.row, 1}, panel, kGateColumns, sums, kGateColumns, true);
   }
   const int64_t first = block * kUnits, there = min(kUnits, hidden - first);
-  for (int64_t unit = 0; unit < there; unit += kLanes / 4)
-    for (int64_t row = 0; row < rows; ++row)
-      lstm_dots(
-          depth, from + row * left.row, weight + (first + unit) * depth, hidden * depth, there - unit,
-          sums + row * kGateColumns + unit);
+  with_saved_type(type, [&](auto* weight) {
+    weight = (__typeof__(weight))weights;
+    for (int64_t unit = 0; unit < there; unit += kLanes / 4)
+      for (int64_t row = 0; row < rows; ++row)
+        lstm_dots(
+            depth, from + row * left.row, weight + (first + unit) * depth, hidden * depth, there - unit,
+            sums + row * kGateColumns + unit);
+  });
 }
 
 // W_hh h, and W_ih x where that is not among s.sums, of rows [row, row + rows) for one block, to the scratch (rows, 64).
@@ -143,8 +160,11 @@ static void lstm_products(
     const LstmForwardStep& s, int64_t rows, int64_t block, LstmLeft input, LstmLeft h, float* products, float* panel) {
   if (s.form == LstmForm::rows) {
     lstm_clear(rows, products);
-    if (!s.sums) lstm_rows_of_weight(rows, s.inputs, input, s.weight_x, s.hidden, block, products, panel);
-    return lstm_rows_of_weight(rows, s.state, h, s.weight_h, s.hidden, block, products, panel);
+    const auto add = [&](int64_t depth, LstmLeft left, const void* weight) {
+      lstm_rows_of_weight(rows, depth, left, s.weight_type, weight, s.hidden, block, products, panel);
+    };
+    if (!s.sums) add(s.inputs, input, s.weight_x);
+    return add(s.state, h, s.weight_h);
   }
   lstm_multiply(s.form, rows, kGateColumns, s.state, h, s.weight_h, block, products, false);
   if (!s.sums) lstm_multiply(s.form, rows, kGateColumns, s.inputs, input, s.weight_x, block, products, true);
@@ -153,8 +173,6 @@ static void lstm_products(
 // What comes from memory for the state of a row is asked for so many rows ahead: lines far apart, which the processor
 // does not guess.
 constexpr int64_t kRowsAhead = 8;
-
-static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 // From the products to the new states of kLanes units of one row; `unit` counts them.
 template <class Saved, class Out>

@@ -1,14 +1,16 @@
 // Products of float32 matrices by panels. Part of kernels.inc.h; the method stands in panels_cpu.h.
 
-// to (depth, 64 columns): column i is row i of `from` (there, depth), zeros beyond `there`; 64 of them, or fewer where
-// the others are written by other calls.
+// Columns of a panel: column i is row i of `from` (there, depth), zeros beyond `there`.
 static void pack_turned(
     const float* from, int64_t row, int64_t there, int64_t depth, int64_t columns, float* to) {
   for (int64_t i = 0; i < columns; i += kLanes)
     for (int64_t k = 0; k < depth; k += kLanes) {
       const int64_t rows = min(kLanes, there - i), here = min(kLanes, depth - k);
       vec square[kLanes];
-      for (int j = 0; j < kLanes; ++j) square[j] = j < rows ? load_lanes(from + (i + j) * row + k, here) : vec{};
+      if (rows == kLanes && here == kLanes)
+        for (int j = 0; j < kLanes; ++j) square[j] = load(from + (i + j) * row + k);
+      else
+        for (int j = 0; j < kLanes; ++j) square[j] = j < rows ? load_lanes(from + (i + j) * row + k, here) : vec{};
       transpose(square);
       for (int64_t j = 0; j < here; ++j) store(to + (k + j) * kPanelColumns + i, square[j]);
     }
@@ -23,14 +25,15 @@ static void panel_pack(const Operand& o, int64_t panel, float* to) {
       store(to + i, i < there ? load_lanes(from + i, there - i) : vec{});
 }
 
-// Rows [first, first + rows) and depth [k, k + depth) of a left operand, to scratch: row by row, or, where it is the
-// transpose that has contiguous rows, column by column.
+// Rows [first, first + rows) and depth [k, k + depth) of a left operand, to scratch: row by row, or column by column where
+// those are contiguous.
 static inline Matrix panel_left(const Operand& o, int64_t first, int64_t rows, int64_t k, int64_t depth, float* to) {
   const float* from = o.data + first * o.row + k * o.column;
   if (o.column == 1) {
     const int64_t row = round_up(depth, kPad) + kPad;  // rows 4 kB apart would fall into the same sets of the cache
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < depth; j += kLanes) store_lanes(to + i * row + j, load_lanes(from + i * o.row + j, depth - j), depth - j);
+      for (int64_t j = 0; j < depth; j += kLanes)
+        store_lanes(to + i * row + j, load_lanes(from + i * o.row + j, depth - j), depth - j);
     return {to, row, 1};
   }
   for (int64_t j = 0; j < depth; ++j)

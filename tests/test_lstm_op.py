@@ -145,6 +145,16 @@ def test_any_case_in_the_error_budget_on_cuda(case: LstmCase) -> None:
 
 
 @NEEDS_EXTENSION
+@pytest.mark.parametrize("batch", [1, 3, 8, 12])
+def test_a_single_step_with_the_weights_as_they_are(batch: int) -> None:
+    """Few rows: nothing is packed, and weights in half precision are read as such."""
+    for dtype in extension.DTYPES:
+        for hidden in (33, 70):
+            testing_lstm.check(LstmCase(dtype=dtype, steps=1, batch=batch, inputs=75, hidden=hidden), eager("cpu"))
+        testing_lstm.check(LstmCase(dtype=dtype, steps=1, batch=batch, inputs=64, hidden=64, bias=False), eager("cpu"))
+
+
+@NEEDS_EXTENSION
 def test_every_instruction_set_in_the_error_budget() -> None:
     from fastattn.kernels.attention.extension import instruction_sets, use_instruction_set
 
@@ -156,6 +166,7 @@ def test_every_instruction_set_in_the_error_budget() -> None:
                 testing_lstm.check(LstmCase(dtype=dtype, lengths=(5, 3, 1), directions=2, hidden=33), eager("cpu"))
                 testing_lstm.check(LstmCase(dtype=dtype, batch=17, projection=5), eager("cpu"))
                 testing_lstm.check(LstmCase(dtype=dtype, steps=3, batch=1, inputs=40, hidden=370), eager("cpu"))
+                testing_lstm.check(LstmCase(dtype=dtype, steps=1, batch=3, inputs=75, hidden=33), eager("cpu"))
     finally:
         use_instruction_set(names[0])
 

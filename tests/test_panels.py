@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastattn
 from fastattn.kernels.attention import extension
@@ -139,17 +140,19 @@ def test_projection_and_module_in_inference() -> None:
 
 
 @pytest.mark.usefixtures("panels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [3, 40, 130])
-def test_sums_of_the_input_some_steps_at_a_time(batch: int) -> None:
+def test_sums_of_the_input_some_steps_at_a_time(batch: int, dtype: torch.dtype) -> None:
     """Weights beyond the second-level cache, or few rows: their product comes first, for so many steps at a time."""
-    ours = fastattn.LSTM(300, 320, bidirectional=True)
+    ours = fastattn.LSTM(300, 320, bidirectional=True).to(dtype)
     theirs = torch.nn.LSTM(300, 320, bidirectional=True)
     theirs.load_state_dict(ours.state_dict())
     lengths = torch.randint(1, 80, (batch,)) if batch < 100 else torch.randint(1, 7, (batch,))
-    x = torch.randn(int(lengths.max()), batch, 300)
-    for given_input in (x, torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)):
+    x = torch.randn(int(lengths.max()), batch, 300).to(dtype)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.0, "atol": 3e-2}
+    for pack in (lambda x: x, lambda x: pack_padded_sequence(x, lengths, enforce_sorted=False)):
         with torch.no_grad():
-            (found, states), (wanted, last) = ours(given_input), theirs(given_input)
+            (found, states), (wanted, last) = ours(pack(x)), theirs(pack(x.float()))
+        found, wanted = (out if isinstance(out, Tensor) else out.data for out in (found, wanted))
         for one, other in zip([found, *states], [wanted, *last], strict=True):
-            one, other = (one, other) if isinstance(one, Tensor) else (one.data, other.data)
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(one.float(), other, **tolerance)
