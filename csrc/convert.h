@@ -110,7 +110,7 @@ static inline char* at(const Tensor4& t, int64_t i, int64_t j, int64_t k, int64_
 static inline void prefetch_row(const Tensor4& t, int64_t b, int64_t h, int64_t row, int64_t columns) {
   constexpr int64_t ahead = 8, line = 64;
   const char *from = at(t, b, h, row + ahead, 0), *end = at(t, b, h, row + ahead, columns);
-  for (; from < end; from += line) __builtin_prefetch(from, 0, 3);
+  for (; from < end; from += line) prefetch(from);
 }
 
 // Rows [row, row + rows) of t[b, h], times a factor, to dst with leading dimension dst_row; columns from `columns` to

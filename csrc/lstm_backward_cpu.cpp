@@ -247,7 +247,7 @@ LstmBackward lstm_backward_cpu(
     }
     if (s.projection)
       dweights.push_back(mm(layer.dh.narrow(1, d * s.state, s.state).t(),
-                                layer.m.narrow(1, d * s.hidden, s.hidden)).to(type));
+                            layer.m.narrow(1, d * s.hidden, s.hidden)).to(type));
   }
   at::Tensor dinput;
   if (wanted.input) {

@@ -15,6 +15,7 @@ namespace fastattn {
 
 constexpr int64_t kUnits = 16;                // of a block
 constexpr int64_t kGateColumns = 4 * kUnits;  // of a block's panel
+static_assert(kGateColumns == kPanelColumns);  // panels_tile.h packs them
 
 // How a product is made, and so what its operands are.
 enum class LstmForm : uint8_t {
@@ -31,9 +32,10 @@ constexpr bool uses_tiles(LstmForm form) { return form == LstmForm::split || for
 
 // Rows of one product at most: their sums, 64 columns each, stay in the first-level cache.
 constexpr int64_t kLstmRows = 64;
+constexpr int64_t lstm_rows(LstmForm form) { return form == LstmForm::split ? 2 * kSplitBlock : 48; }
+
 // Rows of a step below which dot products along the rows of W beat packing a block of it into a panel.
 constexpr int64_t kRowsWorthPacking = 12;
-constexpr int64_t lstm_rows(LstmForm form) { return form == LstmForm::split ? 2 * kSplitBlock : 48; }
 
 // Numbers of a panel (K, 64) of bfloat16, K rounded up to 32.
 constexpr int64_t lstm_bf16_panel(int64_t depth) { return round_up(depth, 32) * kGateColumns; }

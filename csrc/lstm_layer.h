@@ -31,11 +31,6 @@ inline char* at_element(const at::Tensor& tensor, int64_t offset) {
   return static_cast<char*>(tensor.data_ptr()) + offset * static_cast<int64_t>(tensor.element_size());
 }
 
-// The share of part `part` of `parts` in [0, count).
-inline Range share(int64_t count, int64_t part, int64_t parts) {
-  return {count * part / parts, count * (part + 1) / parts};
-}
-
 // W (4H, K) as panels (Hr / 16, K, 64), one per block of units: what the forward multiplies x or h with.
 Floats pack_gates(const at::Tensor& weight, int64_t hidden, LstmForm form);
 

@@ -10,6 +10,11 @@ struct Range {
   bool empty() const { return begin >= end; }
 };
 
+// The share of part `part` of `parts` in [0, count).
+constexpr Range share(int64_t count, int64_t part, int64_t parts) {
+  return {count * part / parts, count * (part + 1) / parts};
+}
+
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // What may be expected of a second-level cache.

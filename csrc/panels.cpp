@@ -38,8 +38,7 @@ void panel_product(const at::Tensor& out, const at::Tensor& left, const at::Tens
   const int64_t row_tiles = (p.left.rows + kPanelRows - 1) / kPanelRows;
   const int64_t parts = std::min(count, std::max<int64_t>(4 * threads / row_tiles, 1));
   run_tasks(row_tiles * parts, panel_scratch(), [&](int64_t task, float* scratch) {
-    const int64_t part = task % parts;
-    k.product(p, task / parts * kPanelRows, {count * part / parts, count * (part + 1) / parts}, scratch);
+    k.product(p, task / parts * kPanelRows, share(count, task % parts, parts), scratch);
   }, threads);
 }
 

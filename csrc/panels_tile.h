@@ -31,14 +31,10 @@ static inline Matrix panel_left(const Operand& o, int64_t first, int64_t rows, i
   const float* from = o.data + first * o.row + k * o.column;
   if (o.column == 1) {
     const int64_t row = round_up(depth, kPad) + kPad;  // rows 4 kB apart would fall into the same sets of the cache
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < depth; j += kLanes)
-        store_lanes(to + i * row + j, load_lanes(from + i * o.row + j, depth - j), depth - j);
+    copy_tile(from, o.row, rows, depth, nullptr, to, row);
     return {to, row, 1};
   }
-  for (int64_t j = 0; j < depth; ++j)
-    for (int64_t i = 0; i < rows; i += kLanes)
-      store(to + j * kPanelRows + i, load_lanes(from + j * o.column + i, rows - i));
+  copy_tile(from, o.column, depth, rows, nullptr, to, kPanelRows);
   return {to, 1, kPanelRows};
 }
 

@@ -77,8 +77,7 @@ void split_product(const at::Tensor& out, const at::Tensor& left, const at::Tens
   const int64_t column_chunks = std::min(column_blocks, std::max<int64_t>(threads / row_chunks, 1));
   run_tasks(row_chunks * column_chunks, chunk * block / 2, [&](int64_t task, float* scratch) {
     const int64_t first = task / column_chunks * chunk, last = std::min(row_blocks, first + chunk);
-    const int64_t n = column_blocks * (task % column_chunks) / column_chunks;
-    const int64_t n_end = column_blocks * (task % column_chunks + 1) / column_chunks;
+    const auto [n, n_end] = share(column_blocks, task % column_chunks, column_chunks);
     uint16_t* chunk_rows = reinterpret_cast<uint16_t*>(scratch);
     for (int64_t half = first * 2; half < last * 2; ++half)
       k.pack_left(rows, half, chunk_rows + split_half(half - first * 2, rows.depth));

@@ -30,6 +30,8 @@ static inline T* offset(T* p, int64_t by) {
   return p ? p + by : nullptr;
 }
 
+static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
 constexpr float kInfinity = __builtin_inff();
 
 // exp(x) for x <= 88, within 2 units in the last place; 0 below the smallest normal result, NaN for any NaN.

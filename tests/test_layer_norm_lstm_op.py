@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import instruction_sets
 import pytest
 import torch
 from layer_norm_lstm_cases import Case, check, evaluate, kernel, make_problem, plain
@@ -47,15 +48,9 @@ CASES = [
 ]
 
 
-# Those with a "+" differ from others in products that are tested by themselves.
-SETS = [name for name in extension.instruction_sets() if "+" not in name] if extension.UNAVAILABLE is None else []
-
-
-@pytest.fixture(params=SETS)
+@pytest.fixture(params=instruction_sets.PLAIN)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    extension.use_instruction_set(request.param)
-    yield request.param
-    extension.use_instruction_set(extension.instruction_sets()[0])
+    yield from instruction_sets.chosen(request.param)
 
 
 @pytest.mark.usefixtures("instruction_set")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import instruction_sets
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_split import drawn
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -20,18 +22,15 @@ _C = pytest.importorskip("fastattn._C")
 
 def own_sets() -> Iterator[str]:
     """The sets of this processor that choose panels, and the one that does everywhere."""
-    for name in extension.instruction_sets():
-        extension.use_instruction_set(name)
-        if extension.has_own_products() and "split" not in name and "amx" not in name:
-            yield name
-    extension.use_instruction_set(extension.instruction_sets()[0])
+    for each in instruction_sets.ALL:
+        for name in instruction_sets.chosen(each):
+            if extension.has_own_products() and "split" not in name and "amx" not in name:
+                yield name
 
 
 @pytest.fixture(params=list(own_sets()))
 def panels(request: pytest.FixtureRequest) -> Iterator[str]:
-    extension.use_instruction_set(request.param)
-    yield request.param
-    extension.use_instruction_set(extension.instruction_sets()[0])
+    yield from instruction_sets.chosen(request.param)
 
 
 def error(result: Tensor, exact: Tensor) -> float:
@@ -51,12 +50,7 @@ def error(result: Tensor, exact: Tensor) -> float:
 def test_error_of_float32(
     rows: int, columns: int, depth: int, turned: tuple[bool, bool], bias: bool, seed: int
 ) -> None:
-    torch.manual_seed(seed)
-    left, right = torch.randn(rows, depth), torch.randn(depth, columns)
-    if turned[0]:
-        left = left.t().contiguous().t()
-    if turned[1]:
-        right = right.t().contiguous().t()
+    left, right = drawn(rows, columns, depth, turned, seed)
     exact = left.double() @ right.double()
     if bias:
         shift = torch.randn(columns)

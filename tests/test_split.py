@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
+import instruction_sets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,21 +18,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
 from fastattn import testing_lstm
-from fastattn.kernels.attention import extension
 from fastattn.modules.linear import linear
 from fastattn.testing_lstm import LstmCase
 
 _C = pytest.importorskip("fastattn._C")
 
 # The processor's own, where it has AMX, and the emulation that every processor has.
-SETS = [name for name in extension.instruction_sets() if name in ("avx512+amx", "portable+split")]
+SETS = [name for name in instruction_sets.ALL if name in ("avx512+amx", "portable+split")]
 
 
 @pytest.fixture(params=SETS)
 def split(request: pytest.FixtureRequest) -> Iterator[str]:
-    extension.use_instruction_set(request.param)
-    yield request.param
-    extension.use_instruction_set(extension.instruction_sets()[0])
+    yield from instruction_sets.chosen(request.param)
+
+
+def drawn(
+    rows: int, columns: int, depth: int, turned: tuple[bool, bool], seed: int, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Operands (rows, depth) and (depth, columns), each dense along its rows or, where turned, along its columns."""
+    torch.manual_seed(seed)
+    left, right = torch.randn(rows, depth) * scale, torch.randn(depth, columns) * scale
+    return left.t().contiguous().t() if turned[0] else left, right.t().contiguous().t() if turned[1] else right
 
 
 def errors(left: Tensor, right: Tensor) -> tuple[float, float]:
@@ -59,12 +66,7 @@ def is_split(left: Tensor, right: Tensor) -> bool:
 def test_error_of_float32(
     rows: int, columns: int, depth: int, turned: tuple[bool, bool], scale: float, seed: int
 ) -> None:
-    torch.manual_seed(seed)
-    left, right = torch.randn(rows, depth) * scale, torch.randn(depth, columns) * scale
-    if turned[0]:
-        left = left.t().contiguous().t()
-    if turned[1]:
-        right = right.t().contiguous().t()
+    left, right = drawn(rows, columns, depth, turned, seed, scale)
     assert is_split(left, right)
     ours, theirs = errors(left, right)
     assert ours <= 2 * theirs

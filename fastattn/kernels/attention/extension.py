@@ -37,7 +37,7 @@ def has_own_products() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., K) weight (N, K)^T + bias (N), float32 without gradients; torch's product unless splitting is faster."""
+    """x (..., K) weight (N, K)^T + bias (N), float32 without gradients; torch's product unless ours is faster."""
     rows = x.reshape(-1, x.shape[-1])
     product: Tensor
     product = _extension.mm(rows, weight.t()) if bias is None else _extension.linear(rows, weight, bias)
