@@ -34,8 +34,6 @@ struct Tensor4 {
 
 // Keys come in panels of this many, so that a panel of D x 64 floats stays in the first-level cache.
 constexpr int64_t kPanel = 64;
-// Scratch rows of the head dimension are padded with zeros to a multiple of this, the widest vector.
-constexpr int64_t kPad = 16;
 // The keys of a tile are a multiple of this: dropout draws 32 columns at a time.
 constexpr int64_t kKeyUnit = 32;
 // Rows and keys of one tile of the backward and weights kernels.

@@ -7,8 +7,10 @@
 #include "lstm_cpu.h"
 #include "panels_cpu.h"
 #include "split_cpu.h"
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -28,7 +30,8 @@ struct Entry {
   std::string name;
   const Kernels* table;
   LstmForm bf16;
-  bool split = false, panels = false;
+  bool split = false;
+  Panels panels = Panels::none;
 };
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -53,6 +56,17 @@ bool has_avx512_bf16() {
 [[maybe_unused]] bool has_avx512_bf16() { return false; }
 #endif
 
+#if defined(__x86_64__)
+// Zen 4, of family 0x19, has AVX-512 over units of 256 bits; Zen 5 is family 0x1a.
+Panels panels_of_amd() {
+  if (!__builtin_cpu_is("amd")) return Panels::none;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  __get_cpuid(1, &a, &b, &c, &d);
+  const unsigned family = (a >> 8 & 0xf) + (a >> 20 & 0xff);
+  return family >= 0x1a ? Panels::most : Panels::large;
+}
+#endif
+
 std::vector<Entry> find() {
   std::vector<Entry> entries;
 #if defined(__x86_64__)
@@ -60,9 +74,9 @@ std::vector<Entry> find() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     if (has_amx_bf16()) entries.push_back({"avx512+amx", &avx512::table, LstmForm::tiles, true});
-    const bool amd = __builtin_cpu_is("amd");
-    if (has_avx512_bf16()) entries.push_back({"avx512+bf16", &avx512::table, LstmForm::dots, false, amd});
-    entries.push_back({"avx512", &avx512::table, LstmForm::panels, false, amd});
+    const Panels panels = panels_of_amd();
+    if (has_avx512_bf16()) entries.push_back({"avx512+bf16", &avx512::table, LstmForm::dots, false, panels});
+    entries.push_back({"avx512", &avx512::table, LstmForm::panels, false, panels});
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     entries.push_back({"avx2", &avx2::table, LstmForm::panels});
@@ -70,7 +84,7 @@ std::vector<Entry> find() {
   entries.push_back({"portable", &portable::table, LstmForm::panels});
   // For tests on processors without AMX, which emulate the products of bfloat16 slowly, and on those not of AMD.
   entries.push_back({"portable+split", &portable::table, LstmForm::panels, true});
-  entries.push_back({"portable+panels", &portable::table, LstmForm::panels, false, true});
+  entries.push_back({"portable+panels", &portable::table, LstmForm::panels, false, Panels::most});
   return entries;
 }
 
@@ -96,7 +110,7 @@ const SplitKernels& split_kernels() { return *kernels().split; }
 
 const PanelKernels& panel_kernels() { return *kernels().panels; }
 
-bool prefers_panels() { return current().load()->panels; }
+Panels preferred_panels() { return current().load()->panels; }
 
 bool has_split_products() { return current().load()->split; }
 

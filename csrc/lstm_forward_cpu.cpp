@@ -80,7 +80,7 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
   }
   // In bfloat16 reading W_ih costs half as much, and torch's product would round the sums.
   const bool first = is_half(form) ? s.steps > 1 && s.batch < kRowsOfATile : input_product_first(s);
-  if (first && (is_half(form) || (form == LstmForm::panels && prefers_panels())))
+  if (first && (is_half(form) || (form == LstmForm::panels && preferred_panels() != Panels::none)))
     ahead = std::min(s.steps, std::max<int64_t>(kRowsOfSums / std::max<int64_t>(s.batch, 1), 1));
   const auto as_it_is = [&](const at::Tensor& weight) {
     return s.batch < kRowsWorthPacking ? weight.contiguous() : dense_float(weight);

@@ -17,6 +17,9 @@ constexpr Range share(int64_t count, int64_t part, int64_t parts) {
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
+// Scratch rows are padded with zeros to a multiple of this, the widest vector.
+constexpr int64_t kPad = 16;
+
 // What may be expected of a second-level cache.
 constexpr int64_t kCacheBytes = int64_t{2} << 20;
 

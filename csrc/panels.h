@@ -1,4 +1,4 @@
-// Large products of float32 matrices by panels_cpu.h, on all threads.
+// Products of float32 matrices by panels_cpu.h, on all threads.
 #pragma once
 
 #include <ATen/core/Tensor.h>

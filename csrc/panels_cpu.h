@@ -1,8 +1,11 @@
 // Products of float32 matrices in float32 instructions: the contract between drivers and kernels, as attention_cpu.h.
 //
 // The right operand (K, N) is packed into panels of 64 columns, (N / 64 rounded up, K, 64), zeros beyond the columns; so
-// many rows of the left one are multiplied with one panel after the other.
+// many rows of the left one are multiplied with one panel after the other. Where there are no more rows than that, each
+// part of a panel is packed by who multiplies it, or read as it is.
 #pragma once
+
+#include <algorithm>
 
 #include "operand.h"
 
@@ -19,15 +22,19 @@ constexpr int64_t panels(int64_t columns) { return (columns + kPanelColumns - 1)
 struct PanelProduct {
   Operand left;
   int64_t columns;
-  const float* right;
+  const float* packed;  // all panels; or null: they are made of `right`
+  Operand right;        // the transpose (N, K)
   const float* bias;
   float* out;
   int64_t out_row;
   bool around;  // whether out is written around the caches, as it is larger than they are
 };
 
-// Floats, as in attention_cpu.h: the rows of the left operand, and their sums with one panel.
-constexpr int64_t panel_scratch() { return kPanelRows * (kPanelDepth + 32 + kPanelColumns); }
+// Floats, as in attention_cpu.h: the rows of the left operand, their sums with one panel, and one that is made there.
+constexpr int64_t panel_scratch(int64_t depth, bool packed) {
+  const int64_t here = std::min(depth, kPanelDepth);
+  return kPanelRows * (here + 2 * kPad + kPanelColumns) + (packed ? 0 : here * kPanelColumns);
+}
 
 struct PanelKernels {
   // One panel of the operand whose transpose is given.
@@ -37,8 +44,11 @@ struct PanelKernels {
 
 const PanelKernels& panel_kernels();
 
-// Whether such products are chosen before torch's, which call MKL: on processors of AMD with AVX-512. There MKL has
-// kernels for AVX2 alone.
-bool prefers_panels();
+// Which such products are chosen before torch's, which call MKL: those of processors of AMD with AVX-512, where MKL has
+// kernels for AVX2 alone. From Zen 5 on the units are as wide as the registers, and the products twice as fast; on Zen 4
+// an instruction of AVX-512 takes the time of two of AVX2.
+enum class Panels { none, large, most };
+
+Panels preferred_panels();
 
 }  // namespace fastattn

@@ -16,14 +16,17 @@ static void pack_turned(
     }
 }
 
-static void panel_pack(const Operand& o, int64_t panel, float* to) {
+// Depth [k, k + depth) of one panel.
+static void panel_part(const Operand& o, int64_t panel, int64_t k, int64_t depth, float* to) {
   const int64_t first = panel * kPanelColumns, there = min(kPanelColumns, o.rows - first);
-  const float* from = o.data + first * o.row;
-  if (o.column == 1) return pack_turned(from, o.row, there, o.depth, kPanelColumns, to);
-  for (int64_t k = 0; k < o.depth; ++k, from += o.column, to += kPanelColumns)
-    for (int64_t i = 0; i < kPanelColumns; i += kLanes)
-      store(to + i, i < there ? load_lanes(from + i, there - i) : vec{});
+  const float* from = o.data + first * o.row + k * o.column;
+  if (o.column == 1) return pack_turned(from, o.row, there, depth, kPanelColumns, to);
+  for (int64_t i = 0; i < depth; ++i, from += o.column, to += kPanelColumns)
+    for (int64_t j = 0; j < kPanelColumns; j += kLanes)
+      store(to + j, j < there ? load_lanes(from + j, there - j) : vec{});
 }
+
+static void panel_pack(const Operand& o, int64_t panel, float* to) { panel_part(o, panel, 0, o.depth, to); }
 
 // Rows [first, first + rows) and depth [k, k + depth) of a left operand, to scratch: row by row, or column by column where
 // those are contiguous.
@@ -48,16 +51,27 @@ static void add_tile(const float* from, int64_t from_row, int64_t rows, int64_t 
 }
 
 static void panel_rows(const PanelProduct& p, int64_t first, Range panels, float* scratch) {
-  float *sums = scratch, *packed = scratch + kPanelRows * kPanelColumns;
   const int64_t rows = min(kPanelRows, p.left.rows - first), depth = p.left.depth;
+  float *sums = scratch, *left_part = scratch + kPanelRows * kPanelColumns;
+  float* right_part = left_part + kPanelRows * (min(depth, kPanelDepth) + 2 * kPad);
+  const bool as_it_is = !p.packed && p.right.row == 1 && p.columns % kPad == 0;  // whole vectors of columns
   const bool around = p.around && depth <= kPanelDepth && p.out_row % kLanes == 0 && (uintptr_t)p.out % sizeof(vec) == 0;
   for (int64_t k = 0; k < depth; k += kPanelDepth) {
     const int64_t here = min(kPanelDepth, depth - k);
-    const Matrix left = panel_left(p.left, first, rows, k, here, packed);
+    const Matrix left = panel_left(p.left, first, rows, k, here, left_part);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      const float* right = p.right + (panel * depth + k) * kPanelColumns;
-      gemm<true>(rows, kPanelColumns, here, left, right, kPanelColumns, sums, kPanelColumns, false);
       const int64_t column = panel * kPanelColumns, columns = min(kPanelColumns, p.columns - column);
+      const float* right = right_part;
+      int64_t right_row = kPanelColumns;
+      if (p.packed) {
+        right = p.packed + (panel * depth + k) * kPanelColumns;
+      } else if (as_it_is) {
+        right = p.right.data + column + k * p.right.column;
+        right_row = p.right.column;
+      } else {
+        panel_part(p.right, panel, k, here, right_part);
+      }
+      gemm<true>(rows, round_up(columns, kPad), here, left, right, right_row, sums, kPanelColumns, false);
       float* to = p.out + first * p.out_row + column;
       if (k > 0)
         add_tile(sums, kPanelColumns, rows, columns, to, p.out_row);

@@ -36,6 +36,6 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::T
   return per_column && own_product(out, input, weight, bias) ? out : at::addmm(bias, input, weight.t());
 }
 
-bool has_own_products() { return has_split_products() || prefers_panels(); }
+bool has_own_products() { return has_split_products() || preferred_panels() != Panels::none; }
 
 }  // namespace fastattn

@@ -93,10 +93,33 @@ def test_views_and_strides() -> None:
 
 
 @pytest.mark.usefixtures("panels")
-def test_small_products_and_other_types_are_torchs() -> None:
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 110),
+    columns=st.one_of(st.integers(8, 140), st.sampled_from((16, 64, 80, 128))),
+    depth=st.one_of(st.integers(2, 200), st.sampled_from((128, 1024, 1100))),
+    turned=st.tuples(st.booleans(), st.booleans()),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_small_products(
+    rows: int, columns: int, depth: int, turned: tuple[bool, bool], bias: bool, seed: int
+) -> None:
+    """Few rows meet the right operand as it is, or panels that are made where they are used."""
+    left, right = drawn(rows, columns, depth, turned, seed)
+    shift = torch.randn(columns) if bias else torch.zeros(columns)
+    exact = left.double() @ right.double() + shift
+    ours = _C.linear(left, right.t(), shift) if bias else _C.mm(left, right)
+    # Up to 128 terms in a row, where torch's kernels for dot products have a sum for each lane.
+    assert error(ours, exact) <= 3.0 * error(torch.addmm(shift, left, right), exact) + 1e-7
+
+
+@pytest.mark.usefixtures("panels")
+def test_tiny_products_and_other_types_are_torchs() -> None:
     for left, right in [
-        (torch.randn(8, 300), torch.randn(300, 300)),
-        (torch.randn(1024, 16), torch.randn(16, 512)),
+        (torch.randn(30, 30), torch.randn(30, 30)),
+        (torch.randn(1024, 512), torch.randn(512, 4)),
+        (torch.randn(1024, 1), torch.randn(1, 512)),
         (torch.randn(512, 512).double(), torch.randn(512, 512).double()),
         (torch.randn(512, 512).bfloat16(), torch.randn(512, 512).bfloat16()),
         (torch.randn(512, 0), torch.randn(0, 512)),
