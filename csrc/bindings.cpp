@@ -62,6 +62,13 @@ fastattn::LstmBackward lstm_backward(
       {input_grad, weights_grad});
 }
 
+fastattn::LstmStepBackward lstm_step_backward(
+    Optional grad_out, Optional grad_h_n, Optional grad_c_n, at::Tensor input, at::Tensor h0, at::Tensor c0,
+    Tensors weights, at::Tensor out, at::Tensor gates, at::Tensor cells, bool input_grad) {
+  return fastattn::lstm_step_backward_cpu(
+      {grad_out, grad_h_n, grad_c_n}, {input, {}, h0, c0, std::move(weights)}, out, gates, cells, input_grad);
+}
+
 // The arguments that both operators share come as one tuple, in the order of LayerNormLstmArgs.
 using LayerNormFields = std::tuple<
     at::Tensor, Optional, at::Tensor, at::Tensor, Tensors, Optional, Optional, Optional, double, double, double>;
@@ -129,6 +136,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           "c0"_a, "weights"_a, "out"_a, "gates"_a, "cells"_a, "input_grad"_a = true, "weights_grad"_a = true);
   };
   backward("lstm_backward", &lstm_backward);
+  m.def("lstm_step_backward", &lstm_step_backward, Plain());
   m.def("layer_norm_lstm_forward", &layer_norm_lstm_forward, Plain());
   m.def("layer_norm_lstm_backward", &layer_norm_lstm_backward, Plain());
   m.def("has_own_products", &fastattn::has_own_products);

@@ -34,6 +34,7 @@ struct BackwardLayer {
       const at::Tensor& saved_cells);
   void walk(const Part& part, Barrier& barrier, float* scratch) const;
   at::Tensor states_before(int64_t d, const at::Tensor& out, const at::Tensor& h0) const;
+  at::Tensor dc0(at::ScalarType type) const { return dcell.narrow(2, 0, shape.hidden).to(type).contiguous(); }
 
  private:
   // Whether a step has one before it: a single one needs no product among the steps, and no packed weights.
@@ -255,7 +256,26 @@ LstmBackward lstm_backward_cpu(
     const at::Tensor dsums = layer.dsums.view({s.rows, s.directions * 4 * s.hidden});
     dinput = mm(dsums, both).to(type).view(args.input.sizes());
   }
-  return {dinput, layer.dh0.to(type), layer.dcell.narrow(2, 0, s.hidden).to(type).contiguous(), dweights};
+  return {dinput, layer.dh0.to(type), layer.dc0(type), dweights};
+}
+
+LstmStepBackward lstm_step_backward_cpu(
+    const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& gates,
+    const at::Tensor& cells, bool input_grad) {
+  const BackwardLayer layer(grad, args, out, gates, cells);
+  const LstmShape& s = layer.shape;
+  TORCH_CHECK_VALUE(
+      s.steps == 1 && s.directions == 1 && !s.projection && !s.packed, "input: got ", s.steps, " steps in ",
+      s.directions, " directions", s.projection ? " with a projection" : "", s.packed ? ", packed" : "",
+      ", expected one padded step in one direction without a projection");
+  run_parts(s, layer.form, [&](const Part& part, Barrier& barrier, float* scratch) {
+    layer.walk(part, barrier, scratch);
+  });
+  const auto type = args.input.scalar_type();
+  const at::Tensor dsums = layer.dsums.select(1, 0);
+  const auto back_through = [&](size_t weight) { return mm(dsums, operand(args.weights[weight], layer.form)).to(type); };
+  return {input_grad ? back_through(0).view(args.input.sizes()) : at::Tensor(), back_through(1).unsqueeze(0),
+          layer.dc0(type), dsums};
 }
 
 }  // namespace fastattn

@@ -32,7 +32,9 @@ constexpr bool uses_tiles(LstmForm form) { return form == LstmForm::split || for
 
 // Rows of one product at most: their sums, 64 columns each, stay in the first-level cache.
 constexpr int64_t kLstmRows = 64;
-constexpr int64_t lstm_rows(LstmForm form) { return form == LstmForm::split ? 2 * kSplitBlock : 48; }
+constexpr int64_t lstm_rows(LstmForm form) {
+  return form == LstmForm::split ? 2 * kSplitBlock : form == LstmForm::rows ? kLstmRows : 48;
+}
 
 // Rows of a step below which dot products along the rows of W beat packing a block of it into a panel.
 constexpr int64_t kRowsWorthPacking = 12;

@@ -41,7 +41,7 @@ def vjp(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         needs = ctx.needs_input_grad
         many = needs[4] if isinstance(needs[4], Sequence) else (needs[4],) * len(weights)
-        dinput, dh0, dc0, *dweights = _by_definition(
+        dinput, dh0, dc0, *dweights = by_definition(
             (input, h0, c0, *weights), (needs[0], needs[2], needs[3], *many), batch_sizes, 1, wanted
         )
         return dinput, None, dh0, dc0, dweights, None, None
@@ -72,7 +72,7 @@ class _ExtensionLayer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         batch_sizes, out, gates, cells, input, h0, c0, *weights = ctx.saved_tensors
         if torch.is_grad_enabled():
-            dinput, dh0, dc0, *dweights = _by_definition(
+            dinput, dh0, dc0, *dweights = by_definition(
                 (input, h0, c0, *weights), _needed(ctx.needs_input_grad), batch_sizes, 1, grads
             )
         else:
@@ -102,7 +102,7 @@ class _TorchLayers(torch.autograd.Function):
         needed = _needed(ctx.needs_input_grad)
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled():
-            found = _by_definition(tensors, needed, batch_sizes, ctx.layers, grads)
+            found = by_definition(tensors, needed, batch_sizes, ctx.layers, grads)
         else:
             # The graph is gone after the first backward, as any other; for a second one it is built again.
             leaves, results = ctx.graph or _graph(ctx.layers, batch_sizes, tensors, needed)
@@ -129,7 +129,7 @@ def _needed(needs_input_grad: tuple[bool, ...]) -> tuple[bool, ...]:
     return needs_input_grad[1], *needs_input_grad[3:]
 
 
-def _by_definition(
+def by_definition(
     tensors: Sequence[Tensor], needed: Sequence[bool], batch_sizes: Tensor | None, layers: int, grads: Sequence[Any]
 ) -> list[Tensor | None]:
     """Gradients of (input, h0, c0, *weights), themselves part of a graph: with create_graph=True."""

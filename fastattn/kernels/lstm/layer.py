@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels import onlookers
-from fastattn.kernels.lstm import autograd, extension, op, torch_lstm  # noqa: F401  op registers torch.ops.fastattn
+from fastattn.kernels.lstm import autograd, extension, op, steps, torch_lstm  # noqa: F401  op registers torch.ops.fastattn
 
 
 def lstm_layer(
@@ -19,6 +19,8 @@ def lstm_layer(
     grad = _needs_grad(input, h0, c0, weights)
     if onlookers.present(input, h0, c0, *weights):
         out, h_n, c_n, _, _ = torch.ops.fastattn.lstm_layer(input, batch_sizes, h0, c0, weights, grad, backend)
+    elif grad and backend == "cpu" and steps.serve(input, batch_sizes, h0, c0, weights):
+        out, h_n, c_n = steps.step(input, h0, c0, weights)
     elif grad:
         out, h_n, c_n = autograd.extension_layer(backend, input, batch_sizes, h0, c0, *weights)
     else:
