@@ -139,7 +139,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("lstm_step_backward", &lstm_step_backward, Plain());
   m.def("layer_norm_lstm_forward", &layer_norm_lstm_forward, Plain());
   m.def("layer_norm_lstm_backward", &layer_norm_lstm_backward, Plain());
-  m.def("has_own_products", &fastattn::has_own_products);
+  m.def("least_rows_of_own_products", &fastattn::least_rows_of_own_products);
   m.def("mm", &fastattn::mm, Plain());
   m.def("linear", &fastattn::linear, Plain());
   m.def("instruction_sets", &fastattn::instruction_sets);

@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
+#include <limits>
+
 #include "panels.h"
 #include "split.h"
 
@@ -36,6 +38,9 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::T
   return per_column && own_product(out, input, weight, bias) ? out : at::addmm(bias, input, weight.t());
 }
 
-bool has_own_products() { return has_split_products() || preferred_panels() != Panels::none; }
+int64_t least_rows_of_own_products() {
+  if (preferred_panels() == Panels::most) return 1;
+  return has_split_products() || preferred_panels() == Panels::large ? 512 : std::numeric_limits<int64_t>::max();
+}
 
 }  // namespace fastattn

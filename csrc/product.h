@@ -14,7 +14,8 @@ void mm_out(at::Tensor& out, const at::Tensor& left, const at::Tensor& right);
 // input (M, K) weight (N, K)^T + bias (N), likewise.
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias);
 
-// Whether some of these products are not torch's with the instruction set in use.
-bool has_own_products();
+// Rows of the left operand from which some of these products are not torch's with the instruction set in use; the largest
+// number where all are.
+int64_t least_rows_of_own_products();
 
 }  // namespace fastattn

@@ -73,7 +73,7 @@ def test_one_product_for_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         products.append(left.shape)
         return left @ right
 
-    monkeypatch.setattr(extension, "mm", counted)
+    monkeypatch.setattr(steps, "mm", counted)
     walk(pair()[0], data()).backward()
     assert products == [(4 * HIDDEN, STEPS * BATCH)] * 2
 

@@ -175,7 +175,6 @@ def test_projection_in_inference() -> None:
             ours = linear(x, weight, shift)
         assert not torch.equal(ours, theirs)
         assert (ours - exact).square().mean() <= 4 * (theirs - exact).square().mean()
-        assert torch.equal(linear(x, weight, shift), theirs)  # with a gradient
 
 
 class Counted(Tensor):

@@ -31,6 +31,20 @@ def _additive(x: Tensor) -> Tensor:
     return fastattn.additive_attention(x, x.tanh(), x, torch.linspace(-1, 1, SIZE, dtype=x.dtype))
 
 
+def _cell(x: Tensor) -> Tensor:
+    state = None
+    for step in x.unbind(1)[:3]:
+        state = CELL(step, state)
+    assert state is not None
+    return torch.cat(state)
+
+
+def _weights(x: Tensor) -> Tensor:
+    weights = ATTENTION(x, x, x)[1]
+    assert weights is not None
+    return weights
+
+
 def _of(module: torch.nn.Module) -> Call:
     """The module, or in float64 its copy."""
     wide = copy.deepcopy(module).double()
@@ -55,6 +69,8 @@ def _calls() -> dict[str, Call]:
 
 
 CALLS = _calls()
+CELL = fastattn.LSTMCell(SIZE, SIZE)
+ATTENTION = fastattn.MultiheadAttention(SIZE, 2, batch_first=True)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -80,6 +96,18 @@ def test_gradient_and_batches_of_torch_func(name: str) -> None:
     if name not in ("packed", "LSTM", "LayerNormLSTM"):
         batched = torch.vmap(call)(torch.stack([x, -x]))
         torch.testing.assert_close(batched, torch.stack([call(x), call(-x)]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*CALLS, "LSTMCell", "attention with weights"])
+def test_gradients_in_batches(name: str) -> None:
+    """is_grads_batched, which jacobian(vectorize=True) takes: torch's own modules can."""
+    call = {**CALLS, "LSTMCell": _cell, "attention with weights": _weights}[name]
+    x = torch.randn(BATCH, STEPS, SIZE, requires_grad=True)
+    result = call(x)
+    cotangents = torch.randn(3, *result.shape)
+    wanted = [torch.autograd.grad(result, x, cotangent, retain_graph=True)[0] for cotangent in cotangents]
+    found = torch.autograd.grad(result, x, cotangents, is_grads_batched=True)[0]
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "sdpa"])

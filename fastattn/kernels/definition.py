@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def gradients(
-    results: Sequence[Tensor], grads: Sequence[Tensor | None], inputs: Sequence[Any], places: Sequence[int],
-    create_graph: bool = True,
-) -> list[Tensor | None]:  # fmt: skip
-    """The gradient of each of ``inputs``, None for those not in ``places``, from those of ``results``.
+def asked_for(*grads: Tensor | None) -> bool:
+    """Whether a backward has to go by the definition.
 
-    ``inputs`` are aliases that ``results`` were computed from: where one input of an operator depends on another, no
-    derivative may follow it there.
+    Because a derivative of it is wanted (create_graph=True), or because ``grads`` are a batch of gradients
+    (is_grads_batched=True, jacobian(vectorize=True)), whose numbers no kernel can read.
     """
+    if torch.is_grad_enabled():
+        return True
+    return any(grad is not None and (_batched(grad) or _batched_by_autograd(grad)) for grad in grads)
+
+
+_batched: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
+_batched_by_autograd: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+
+
+def gradients(
+    function: Callable[..., Sequence[Any]], inputs: Sequence[Any], places: Sequence[int],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradient of each of ``inputs``, None for those not in ``places``, from those of ``function(*inputs)``.
+
+    Themselves part of a graph where gradients are enabled.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases: where one input depends on another, as a logsumexp does on query, no derivative may follow it there.
+        aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        return of_results(function(*aliases), grads, aliases, places, create_graph)
+
+
+def of_results(
+    results: Sequence[Any], grads: Sequence[Tensor | None], inputs: Sequence[Any], places: Sequence[int],
+    create_graph: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    """The same from ``results`` that were computed from ``inputs``."""
     pairs = [
         (result, grad)
         for result, grad in zip(results, grads, strict=True)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.kernels import definition
 from fastattn.kernels.additive import launch, shapes, tiled
 
 _INPUTS = (
@@ -115,7 +116,7 @@ def _vjp(ctx: Any, dscores: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     if dscores is None:
         return (None,) * 7
-    if torch.is_grad_enabled():
+    if definition.asked_for(dscores):
         return _eager_vjp(ctx, dscores)
     coverage_grad = inputs[3] is not None and ctx.needs_input_grad[3]
     dquery, dkey, dweight, more = torch.ops.fastattn.additive_scores_backward(
@@ -126,16 +127,12 @@ def _vjp(ctx: Any, dscores: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _eager_vjp(ctx: Any, dscores: Tensor) -> tuple[Tensor | None, ...]:
-    """The same gradients, themselves part of a graph: with create_graph=True. Holds the (B, Tq, Tk, D) tensor."""
-    inputs = ctx.saved_tensors
+    """The same gradients by the definition, which holds the (B, Tq, Tk, D) tensor."""
     wanted = [place for place, need in enumerate(ctx.needs_input_grad[:5]) if need]
-    grads: list[Tensor | None] = [None] * 7
-    derivatives = torch.autograd.grad(
-        eager_scores["scores"](*inputs), [inputs[place] for place in wanted], dscores, create_graph=True
+    found = definition.gradients(
+        lambda *inputs: (eager_scores["scores"](*inputs),), ctx.saved_tensors, wanted, (dscores,)
     )
-    for place, derivative in zip(wanted, derivatives, strict=True):
-        grads[place] = derivative
-    return tuple(grads)
+    return *found, *(None,) * (7 - len(found))
 
 
 torch.library.register_autograd("fastattn::additive_scores", _vjp, setup_context=_setup, lib=_library)

@@ -59,7 +59,7 @@ def _mask_results(ctx: Any, grads: list[Tensor]) -> list[Tensor | None]:
 
 def attention_vjp(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor | None) -> tuple[Any, ...]:
     """Gradients of the inputs of ``attention``."""
-    if torch.is_grad_enabled():
+    if definition.asked_for(grad_out, grad_logsumexp):
         return _eager_vjp(ctx, "attention", 4, (grad_out, grad_logsumexp, None))
     return (*_attention_grads(ctx, grad_out, grad_logsumexp), *(None,) * (PROBLEM_ARGS - 2 + len(ctx.rest)))
 
@@ -68,7 +68,7 @@ def attention_with_weights_vjp(
     ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor | None, grad_weights: Tensor | None
 ) -> tuple[Any, ...]:
     """The weights as a function of the logsumexp, then the attention with the logsumexp gradient they add."""
-    if torch.is_grad_enabled():
+    if definition.asked_for(grad_out, grad_logsumexp, grad_weights):
         return _eager_vjp(ctx, "attention", 4, (grad_out, grad_logsumexp, grad_weights))
     query, key, _, _, _, logsumexp, *problem = ctx.saved_tensors
     extra: list[Any] = [None] * 3
@@ -116,7 +116,7 @@ def _sink_grad(
 
 def weights_vjp(ctx: Any, grad_weights: Tensor | None) -> tuple[Any, ...]:
     """Gradients of the inputs of ``attention_weights``."""
-    if torch.is_grad_enabled():
+    if definition.asked_for(grad_weights):
         return _eager_vjp(ctx, "weights", 3, (grad_weights,))
     if grad_weights is None:
         return (None,) * (3 + PROBLEM_ARGS + 2)
@@ -128,13 +128,12 @@ def weights_vjp(ctx: Any, grad_weights: Tensor | None) -> tuple[Any, ...]:
 
 
 def _eager_vjp(ctx: Any, name: str, tensors: int, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """The same gradients, themselves part of a graph: with create_graph=True. Holds the (B, H, L, S) scores."""
+    """The same gradients by the definition, which holds the (B, H, L, S) scores."""
     saved = ctx.saved_tensors
-    problem = saved[-PROBLEM_TENSORS:]
-    # Aliases: where one input depends on another, as the logsumexp does on query, no derivative may follow it there.
-    inputs: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in (*saved[:tensors], *problem)]
+    inputs = (*saved[:tensors], *saved[-PROBLEM_TENSORS:])
     average = ctx.rest[0] if len(ctx.rest) == 2 else True
-    results = second_derivative[name](*inputs, *ctx.numbers, average)
     wanted = [place for place, need in enumerate(ctx.needs_input_grad[: len(inputs)]) if need]
-    found = definition.gradients(results, grads, inputs, wanted)
+    found = definition.gradients(
+        lambda *given: second_derivative[name](*given, *ctx.numbers, average), inputs, wanted, grads
+    )
     return (*found, *(None,) * (PROBLEM_ARGS - PROBLEM_TENSORS + len(ctx.rest)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -31,16 +32,20 @@ def use_instruction_set(name: str) -> None:
         raise ValueError(f"instruction set: got {name!r}, this processor has {', '.join(instruction_sets())}")
 
 
-def has_own_products() -> bool:
-    """Whether the instruction set in use has the products of ``linear``."""
-    return UNAVAILABLE is None and bool(_extension.has_own_products())
+def least_rows() -> int:
+    """Rows of the left operand from which products of the instruction set in use may not be torch's; maxsize: none."""
+    return int(_extension.least_rows_of_own_products()) if UNAVAILABLE is None else sys.maxsize
+
+
+# left (M, K), right (K, N) -> their product, by the fastest way there is.
+mm: Any = getattr(_extension, "mm", torch.mm)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., K) weight (N, K)^T + bias (N), float32 without gradients; torch's product unless ours is faster."""
     rows = x.reshape(-1, x.shape[-1])
     product: Tensor
-    product = _extension.mm(rows, weight.t()) if bias is None else _extension.linear(rows, weight, bias)
+    product = mm(rows, weight.t()) if bias is None else _extension.linear(rows, weight, bias)
     # A view made without gradients could not be changed in place with them later.
     return product if x.dim() == 2 else torch.ops.aten._unsafe_view(product, [*x.shape[:-1], weight.shape[0]])
 

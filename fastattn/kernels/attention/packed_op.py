@@ -84,12 +84,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _vjp(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor | None) -> tuple[Tensor | None, ...]:
     query, key, value, out, logsumexp, *bounds = ctx.saved_tensors
     grads: Any = (None, None, None)
-    if torch.is_grad_enabled():
-        inputs = [tensor.view_as(tensor) for tensor in (query, key, value)]
-        results: Any = second_derivative["packed"](*inputs, *bounds, *ctx.numbers)
+    if definition.asked_for(grad_out, grad_logsumexp):
         dlogsumexp = None if grad_logsumexp is None else grad_logsumexp[0]
-        wanted = [place for place in range(3) if ctx.needs_input_grad[place]]
-        grads = definition.gradients(results, (grad_out, dlogsumexp), inputs, wanted)
+        grads = definition.gradients(
+            lambda *inputs: second_derivative["packed"](*inputs, *bounds, *ctx.numbers),
+            (query, key, value),
+            [place for place in range(3) if ctx.needs_input_grad[place]],
+            (grad_out, dlogsumexp),
+        )
     elif grad_out is not None or grad_logsumexp is not None:
         grads = torch.ops.fastattn.packed_attention_backward(
             grad_out, grad_logsumexp, query, key, value, out, logsumexp, *bounds, *ctx.numbers

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.kernels.definition import gradients
+from fastattn.kernels.definition import asked_for, of_results
 
 # Arguments that the operators share (_PROBLEM of ``op``), and what comes after the weights among them.
 PROBLEM_ARGS, AFTER_WEIGHTS = 11, 6
@@ -41,7 +41,7 @@ def layer_vjp(
     rest = (None,) * (AFTER_WEIGHTS + 3)
     if all(grad is None for grad in grads):
         return (None, None, None, None, [None] * len(weights), *rest)
-    if torch.is_grad_enabled() or not ctx.save:
+    if asked_for(*grads) or not ctx.save:
         # Aliases: where one input depends on another, no derivative may follow it there.
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -63,4 +63,4 @@ def derivatives(
     input, h0, c0, *weights = leaves
     results = definition["layer"](input, batch_sizes, h0, c0, weights, *masks)
     wanted = [place for place, leaf in enumerate(leaves) if leaf.requires_grad]
-    return gradients(results, grads, leaves, wanted, create_graph)
+    return of_results(results, grads, leaves, wanted, create_graph)

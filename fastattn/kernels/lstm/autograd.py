@@ -38,7 +38,7 @@ def vjp(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     """Gradients of the inputs of ``lstm_layer``."""
     batch_sizes, out, gates, cells, input, h0, c0, *weights = ctx.saved_tensors
     wanted = grads[:_RESULTS]
-    if torch.is_grad_enabled():
+    if definition.asked_for(*wanted):
         needs = ctx.needs_input_grad
         many = needs[4] if isinstance(needs[4], Sequence) else (needs[4],) * len(weights)
         dinput, dh0, dc0, *dweights = by_definition(
@@ -71,7 +71,7 @@ class _ExtensionLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         batch_sizes, out, gates, cells, input, h0, c0, *weights = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if definition.asked_for(*grads):
             dinput, dh0, dc0, *dweights = by_definition(
                 (input, h0, c0, *weights), _needed(ctx.needs_input_grad), batch_sizes, 1, grads
             )
@@ -101,7 +101,7 @@ class _TorchLayers(torch.autograd.Function):
         batch_sizes, *tensors = ctx.saved_tensors
         needed = _needed(ctx.needs_input_grad)
         found: Sequence[Tensor | None]
-        if torch.is_grad_enabled():
+        if definition.asked_for(*grads):
             found = by_definition(tensors, needed, batch_sizes, ctx.layers, grads)
         else:
             # The graph is gone after the first backward, as any other; for a second one it is built again.
@@ -132,16 +132,15 @@ def _needed(needs_input_grad: tuple[bool, ...]) -> tuple[bool, ...]:
 def by_definition(
     tensors: Sequence[Tensor], needed: Sequence[bool], batch_sizes: Tensor | None, layers: int, grads: Sequence[Any]
 ) -> list[Tensor | None]:
-    """Gradients of (input, h0, c0, *weights), themselves part of a graph: with create_graph=True."""
-    # Aliases: where one input depends on another, as h0 may on the input, no derivative may follow it there.
-    aliases = [tensor.view_as(tensor) for tensor in tensors]
-    results = _layers_by_definition(aliases, batch_sizes, layers)
+    """Gradients of (input, h0, c0, *weights) by the definition."""
     places = [place for place, need in enumerate(needed) if need]
-    return definition.gradients(results, grads, aliases, places)
+    return definition.gradients(
+        lambda *given: _layers_by_definition(given, batch_sizes, layers), tensors, places, grads
+    )
 
 
 def _layers_by_definition(
-    tensors: list[Tensor], batch_sizes: Tensor | None, layers: int
+    tensors: Sequence[Tensor], batch_sizes: Tensor | None, layers: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, h0, c0, *weights = tensors
     directions, per_layer = h0.shape[0] // layers, len(weights) // layers

@@ -30,8 +30,6 @@ backward: dict[str, Any] = {name: getattr(_extension, names[1], None) for name, 
 # Of one step on the CPU: (grad_out, grad_h_n, grad_c_n, input, h0, c0, weights, out, gates, cells, input_grad) ->
 # gradients of input, h0, c0 and of the step's sums (B, 4H).
 step_backward: Any = getattr(_extension, "lstm_step_backward", None)
-# left (M, K), right (K, N) -> their product, by the fastest way there is.
-mm: Any = getattr(_extension, "mm", torch.mm)
 
 
 def why_unavailable(backend: str) -> str | None:

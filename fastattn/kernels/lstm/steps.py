@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.kernels import definition
+from fastattn.kernels.attention.extension import mm
 from fastattn.kernels.lstm import autograd, extension
 from fastattn.kernels.lstm.autograd import Results
 
@@ -75,7 +77,7 @@ class _WeightGradients(torch.autograd.Function):
         dsums, inputs, hidden = (torch.cat(parts) for parts in zip(*steps, strict=True))
         turned = dsums.t()
         found: list[Tensor | None] = [
-            extension.mm(turned, other.to(dsums.dtype)).to(ctx.dtype) if needed else None
+            mm(turned, other.to(dsums.dtype)).to(ctx.dtype) if needed else None
             for other, needed in zip((inputs, hidden), ctx.needs_input_grad[1:3], strict=True)
         ]
         if ctx.biases:
@@ -100,7 +102,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         out, gates, cells, *tensors = ctx.saved_tensors
         input, h0, c0, *weights = tensors
-        if torch.is_grad_enabled():
+        if definition.asked_for(*grads):
             return None, None, *autograd.by_definition(tensors, ctx.needs_input_grad[2:], None, 1, grads)
         dinput, dh0, dc0, dsums = extension.step_backward(
             *grads, input, h0, c0, weights, out, gates, cells, ctx.needs_input_grad[2]
