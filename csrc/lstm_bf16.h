@@ -109,7 +109,7 @@ static inline vec dot_pairs(vec sum, vec left, vec right) {
 }
 
 // As kAhead of gemm.h.
-constexpr int64_t kTilesAhead = 2;
+constexpr int64_t kTilesAhead = 4;
 
 // ROWS rows of `left` times VECTORS of the four tiles of columns of a panel, added to `sums` (rows, 64).
 // Not inlined: among its callers' variables GCC 12 keeps the sums in memory, at half the speed.
@@ -157,7 +157,7 @@ static void lstm_multiply_bf16(
   int64_t row = 0;
   if (form == LstmForm::dots) {
     // As few blocks as can be, of about the same height.
-    constexpr int most = 8;
+    constexpr int most = 12;
     const int64_t blocks = (rows + most - 1) / most;
     for (int64_t i = 0; i < blocks; ++i) {
       row = rows * i / blocks;
