@@ -53,11 +53,20 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
+# A hypervisor may hide the model's number; AMD's families of processors are as many microarchitectures. Family 25 holds
+# two, of which the second has AVX-512.
+_AMD_FAMILIES = {"23": "Zen to Zen 2", "25": "Zen 3", "26": "Zen 5"}
+
+
 def _cpu_model() -> str:
+    """The model's name, for AMD with its microarchitecture."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        lines = []
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    model = facts.get("model name") or platform.processor() or platform.machine()
+    generation = _AMD_FAMILIES.get(facts.get("cpu family", "")) if facts.get("vendor_id") == "AuthenticAMD" else None
+    if generation == "Zen 3" and "avx512f" in facts.get("flags", ""):
+        generation = "Zen 4"
+    return f"{model} ({generation})" if generation else model
