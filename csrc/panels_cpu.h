@@ -1,8 +1,8 @@
 // Products of float32 matrices in float32 instructions: the contract between drivers and kernels, as attention_cpu.h.
 //
 // The right operand (K, N) is packed into panels of 64 columns, (N / 64 rounded up, K, 64), zeros beyond the columns; so
-// many rows of the left one are multiplied with one panel after the other. Where there are no more rows than that, each
-// part of a panel is packed by who multiplies it, or read as it is.
+// many rows of the left one are multiplied with one panel after the other. Where the left one has no more rows than those
+// of one task, each part of a panel is packed by who multiplies it, or read as it is.
 #pragma once
 
 #include <algorithm>

@@ -9,6 +9,7 @@ import instruction_sets
 import pytest
 import torch
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
@@ -105,6 +106,41 @@ def test_a_weight_changed_before_the_backward() -> None:
         given[1].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         result.sum().backward()
+
+
+def test_no_more_is_kept_than_torch_keeps() -> None:
+    """What a frozen weight was given may be changed in place, and so may a weight that no input waits for."""
+    x, weight, bias = operands()
+    hidden = x * 1
+    result = linear(hidden, weight.detach(), bias.detach())
+    hidden.relu_()
+    result.sum().backward()
+    result = linear(x.detach(), weight, bias)
+    with torch.no_grad():
+        weight.mul_(2)
+    result.sum().backward()
+    assert x.grad is not None
+    assert weight.grad is not None
+
+
+def test_a_gradient_that_is_a_subclass() -> None:
+    given = operands()
+    result = call(linear, given)
+    ones = torch.ones_like(result)
+    found = torch.autograd.grad(result, given, TwoTensor(ones, 2 * ones))
+    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    wanted = torch.autograd.grad(call(torchs, exact).sum(), exact)
+    assert all(isinstance(gradient, TwoTensor) for gradient in found)
+    assert_same([gradient.a for gradient in found], wanted)
+    assert_same([gradient.b for gradient in found], [2 * gradient for gradient in wanted])
+
+
+def test_a_gradient_with_a_lazy_sign() -> None:
+    given = operands()
+    result = call(linear, given)
+    ones = torch.ones_like(result)
+    found = torch.autograd.grad(result, given, torch._neg_view(ones), retain_graph=True)
+    assert_same(found, [-gradient.double() for gradient in torch.autograd.grad(result, given, ones)])
 
 
 def test_compiled() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
@@ -242,6 +243,94 @@ def test_an_interrupted_backward_leaves_nothing_to_the_next() -> None:
         handle.remove()
         cell.zero_grad()
         loss.backward()
+    assert_same(ours, theirs)
+
+
+def test_what_an_interrupted_backward_left_goes_with_its_graph() -> None:
+    cell = pair()[0]
+    weight = weakref.ref(cell.weight_ih)
+
+    def interrupt(_: Tensor) -> None:
+        raise KeyError("stop")
+
+    state, total = None, torch.zeros(())
+    for place, step in enumerate(data()):
+        state = cell(step, state)
+        total = total + state[0].sum()
+        if place == 1:
+            state[0].register_hook(interrupt)
+    with pytest.raises(KeyError):
+        total.backward()
+    walk(pair()[0], data()).backward()  # the engine lets go of the exception
+    del cell, state, total
+    gc.collect()
+    assert weight() is None
+
+
+def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, add = [], steps._Pending.add
+
+    def watched(pending: steps._Pending, *rows: Tensor) -> None:
+        add(pending, *rows)
+        waiting.append(pending.waiting)
+
+    monkeypatch.setattr(steps, "_ROWS", 2 * BATCH)
+    monkeypatch.setattr(steps._Pending, "add", watched)
+    ours, theirs = pair()
+    for cell in (ours, theirs):
+        walk(cell, data_of(cell)).backward()
+    assert waiting == [BATCH, 0] * (STEPS // 2)
+    assert_same(ours, theirs)
+
+
+def test_weights_whose_data_were_replaced() -> None:
+    """They have other nodes for their gradients, which hooks and ``inputs`` go by."""
+    cell = pair()[0]
+    kept = walk(cell, data())
+    cell.half().float()
+    walk(cell, data()).backward(inputs=[cell.weight_ih])
+    assert cell.weight_ih.grad is not None
+    assert torch.autograd.grad(walk(cell, data()), cell.weight_hh)[0].any()
+    assert kept.requires_grad
+
+
+def test_a_weight_frozen_after_the_forward() -> None:
+    ours, theirs = pair()
+    found = []
+    for cell in (ours, theirs):
+        loss = walk(cell, data_of(cell))
+        cell.weight_ih.requires_grad_(False)
+        found.append(torch.autograd.grad(loss, [cell.weight_hh], create_graph=True)[0])
+    torch.testing.assert_close(found[0].double(), found[1], rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_autograd() -> None:
+    ours, theirs = pair()
+    walk(theirs, data_of(theirs)).backward()
+    loss = walk(ours, data_of(ours))
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    assert_same(ours, theirs)
+
+
+def test_a_gradient_that_is_a_subclass() -> None:
+    ours, theirs = pair()
+    for cell in (ours, theirs):
+        state = cell(data_of(cell)[0])[0]
+        ones = torch.ones_like(state)
+        torch.autograd.backward(state, TwoTensor(ones, ones))
+        for weight in cell.parameters():
+            assert isinstance(weight.grad, TwoTensor)
+            weight.grad = weight.grad.a
+    assert_same(ours, theirs)
+
+
+def test_tensors_with_a_lazy_sign() -> None:
+    ours, theirs = pair()
+    for cell in (ours, theirs):
+        x = torch._neg_view(data_of(cell)[0])
+        state = cell(x)[0]
+        state.backward(torch._neg_view(torch.ones_like(state)))
     assert_same(ours, theirs)
 
 

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import transforms
+
 
 def asked_for(*grads: Tensor | None) -> bool:
-    """Whether a backward has to go by the definition.
+    """Whether a backward has to go by the definition, which every transform of autograd follows.
 
-    Because a derivative of it is wanted (create_graph=True), or because ``grads`` are a batch of gradients
-    (is_grads_batched=True, jacobian(vectorize=True)), whose numbers no kernel can read.
+    Because a derivative of it is wanted, backward (create_graph=True) or forward, or because ``grads`` are a batch of
+    gradients (is_grads_batched=True, jacobian(vectorize=True)).
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or transforms.transformed():
         return True
     return any(grad is not None and (_batched(grad) or _batched_by_autograd(grad)) for grad in grads)
 
@@ -36,6 +38,8 @@ def gradients(
     with torch.enable_grad():
         # Aliases: where one input depends on another, as a logsumexp does on query, no derivative may follow it there.
         aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        # One that was frozen since the forward has no gradient any more.
+        places = [place for place in places if (alias := aliases[place]) is not None and alias.requires_grad]
         return of_results(function(*aliases), grads, aliases, places, create_graph)
 
 

@@ -43,19 +43,22 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        # No more than torch's node keeps: a frozen weight's input may be changed in place, or freed.
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        ctx.shape, ctx.columns = x.shape, weight.shape[0]
         return extension.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        # A derivative of this one, or a batch of gradients: only torch's operators follow those.
-        mm = torch.mm if definition.asked_for(grad) else extension.mm
-        rows = grad.reshape(-1, weight.shape[0])
+        # Only torch's operators follow a derivative of this one, a batch of gradients, or a subclass.
+        mm = torch.mm if definition.asked_for(grad) or onlookers.present(grad) else extension.mm
+        rows = grad.reshape(-1, ctx.columns)
         return (
-            mm(rows, weight).view(x.shape) if of_x else None,
-            mm(rows.t(), x.reshape(-1, weight.shape[1])) if of_weight else None,
+            mm(rows, weight).view(ctx.shape) if of_x else None,
+            mm(rows.t(), x.reshape(-1, x.shape[-1])) if of_weight else None,
             rows.sum(0) if of_bias else None,
         )
 

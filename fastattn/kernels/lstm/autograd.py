@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.kernels import definition
+from fastattn.kernels import definition, onlookers
 from fastattn.kernels.lstm import extension, torch_lstm
 
 # "layer": (input, batch_sizes, h0, c0, weights) -> out, h_n, c_n. Plain PyTorch, differentiable to any order;
@@ -71,12 +71,16 @@ class _ExtensionLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         batch_sizes, out, gates, cells, input, h0, c0, *weights = ctx.saved_tensors
-        if definition.asked_for(*grads):
-            dinput, dh0, dc0, *dweights = by_definition(
-                (input, h0, c0, *weights), _needed(ctx.needs_input_grad), batch_sizes, 1, grads
+        given, needed = [grad for grad in grads if grad is not None], _needed(ctx.needs_input_grad)
+        if not given:
+            return (None,) * len(ctx.needs_input_grad)
+        if definition.asked_for(*given):
+            dinput, dh0, dc0, *dweights = by_definition((input, h0, c0, *weights), needed, batch_sizes, 1, grads)
+        elif onlookers.present(*given):
+            dinput, dh0, dc0, dweights = torch.ops.fastattn.lstm_layer_backward(
+                *grads, input, batch_sizes, h0, c0, weights, out, gates, cells, ctx.backend
             )
         else:
-            needed = _needed(ctx.needs_input_grad)
             dinput, dh0, dc0, dweights = extension.backward[ctx.backend](
                 *grads, input, batch_sizes, h0, c0, weights, out, gates, cells, needed[0], any(needed[3:])
             )

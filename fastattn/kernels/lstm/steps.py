@@ -3,12 +3,13 @@
 The gradient of W_ih is the sum over the steps of dG_t^T x_t, with dG_t the gradient of a step's sums (csrc/lstm.h). A
 node for each step that returned its own term would write, and autograd add up, a matrix as large as the weights in
 every step. So a step hands (dG_t, x_t, h_{t-1}) to a node that all steps of a graph share, and that autograd reaches
-when the last of them is done; it takes [dG_1; dG_2; ...]^T [x_1; x_2; ...]. A layer called with more steps than one
-does the same inside the extension.
+when the last of them is done; it takes [dG_1; dG_2; ...]^T [x_1; x_2; ...], many rows at a time. A layer called with
+more steps than one does the same inside the extension.
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,25 +17,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.kernels import definition
+from fastattn.kernels import definition, onlookers
 from fastattn.kernels.attention.extension import mm
 from fastattn.kernels.lstm import autograd, extension
 from fastattn.kernels.lstm.autograd import Results
 
-# dG (B, 4H), x (B, I), h (B, H) of the steps that a backward has passed, by the number autograd gives the backward.
-_Pending = dict[int, list[tuple[Tensor, Tensor, Tensor]]]
+# Rows whose part in the gradients of the weights is taken at a time: what waits for it stays small beside the weights,
+# and writing the gradients once more costs little beside the product of so many rows.
+_ROWS = 1024
+
+
+class _Pending:
+    """What the steps of one backward have left so far: the gradients of W_ih, W_hh, b, and rows not yet among them."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[Tensor, Tensor, Tensor]] = []  # dG (B, 4H), x (B, I), h (B, H)
+        self.waiting = 0
+        self.sums: list[Tensor] = []
+
+    def add(self, dsums: Tensor, input: Tensor, hidden: Tensor) -> None:
+        self.rows.append((dsums, input, hidden))
+        self.waiting += dsums.shape[0]
+        if self.waiting >= _ROWS:
+            self.take()
+
+    def take(self) -> None:
+        """Make the rows that wait a part of the gradients."""
+        if not self.rows:
+            return
+        dsums, inputs, hidden = (torch.cat(parts) for parts in zip(*self.rows, strict=True))
+        turned = dsums.t()
+        more = [mm(turned, inputs.to(dsums.dtype)), mm(turned, hidden.to(dsums.dtype)), dsums.sum(0)]
+        if self.sums:
+            for total, part in zip(self.sums, more, strict=True):
+                total += part
+        else:
+            self.sums = [part.float() for part in more]
+        self.rows, self.waiting = [], 0
 
 
 class _Shared:
     """The node that takes the gradients of some weights: ``token`` is its result, an argument of every step."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
-        self.pending: _Pending = {}
+        self.pending: dict[int, _Pending] = {}  # by the number that autograd gives a backward
         self.token = _weight_gradients(self.pending, *weights)
+        self.ends: tuple[Any, ...] = _next(self.token)[-len(weights) :]
+
+    def takes(self, step: Tensor) -> bool:
+        """Whether the weights' gradients go from here to the nodes to which ``step``, a step's result, would send them.
+
+        A weight whose data were replaced (``module.half().float()``) has another node for its gradient since.
+        """
+        nodes = zip(self.ends, _next(step)[-len(self.ends) :], strict=True)
+        return all(one[0] is other[0] for one, other in nodes)
 
 
-# Those in use, by weights. The node of a step keeps its entry alive, and the entry, through the graph, the weights that
-# have a gradient; so no two of these have the same id.
+# Those in use, by weights. The node of a step keeps its entry alive.
 _in_use: weakref.WeakValueDictionary[tuple[Any, ...], _Shared] = weakref.WeakValueDictionary()
 
 
@@ -51,10 +90,13 @@ def serve(input: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, wei
 
 def step(input: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor]) -> Results:
     """out, h_n and c_n of a call that ``serve`` takes, by the extension on the CPU."""
-    key = tuple((id(weight), weight.requires_grad, weight.dtype) for weight in weights)
+    key = tuple((id(weight), weight.requires_grad) for weight in weights)
     shared = _in_use.get(key)
-    if shared is None:
-        shared = _in_use[key] = _Shared(weights)
+    if shared is not None:
+        results = _step(shared, shared.token, input, h0, c0, *weights)
+        if shared.takes(results[0]):
+            return results
+    shared = _in_use[key] = _Shared(weights)
     return _step(shared, shared.token, input, h0, c0, *weights)
 
 
@@ -62,28 +104,22 @@ class _WeightGradients(torch.autograd.Function):
     """Nothing forward; backward the gradients of the weights, of all steps before."""
 
     @staticmethod
-    def forward(ctx: Any, pending: _Pending, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, pending: dict[int, _Pending], *weights: Tensor) -> Tensor:
         ctx.pending = pending
-        ctx.biases = len(weights) - 2
-        ctx.dtype = weights[0].dtype
+        ctx.dtype, ctx.shapes = weights[0].dtype, [weight.shape for weight in weights]
         ctx.set_materialize_grads(False)
         return weights[0].new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        steps = ctx.pending.pop(torch._C._current_graph_task_id(), None)
-        if steps is None:
-            return (None,) * len(ctx.needs_input_grad)
-        dsums, inputs, hidden = (torch.cat(parts) for parts in zip(*steps, strict=True))
-        turned = dsums.t()
-        found: list[Tensor | None] = [
-            mm(turned, other.to(dsums.dtype)).to(ctx.dtype) if needed else None
-            for other, needed in zip((inputs, hidden), ctx.needs_input_grad[1:3], strict=True)
-        ]
-        if ctx.biases:
-            dbias = dsums.sum(0).to(ctx.dtype)
-            found += [dbias, dbias.clone()]
-        return None, *found
+        needed = ctx.needs_input_grad
+        pending = ctx.pending.pop(torch._C._current_graph_task_id(), None)
+        if pending is None:
+            return None, *(torch.zeros(shape, dtype=ctx.dtype) if _compiled() else None for shape in ctx.shapes)
+        pending.take()
+        of_x, of_h, of_bias = (total.to(ctx.dtype) for total in pending.sums)
+        found = (of_x, of_h, of_bias, of_bias.clone() if len(needed) > 3 else None)
+        return None, *(gradient if need else None for gradient, need in zip(found, needed[1:], strict=False))
 
 
 class _Step(torch.autograd.Function):
@@ -102,16 +138,38 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         out, gates, cells, *tensors = ctx.saved_tensors
         input, h0, c0, *weights = tensors
-        if definition.asked_for(*grads):
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return (None,) * len(ctx.needs_input_grad)
+        if definition.asked_for(*given):
             return None, None, *autograd.by_definition(tensors, ctx.needs_input_grad[2:], None, 1, grads)
+        if onlookers.present(*given) or _compiled():
+            dinput, dh0, dc0, dweights = torch.ops.fastattn.lstm_layer_backward(
+                *grads, input, None, h0, c0, weights, out, gates, cells, "cpu"
+            )
+            return None, out.new_zeros(0), dinput, dh0, dc0, *dweights
         dinput, dh0, dc0, dsums = extension.step_backward(
             *grads, input, h0, c0, weights, out, gates, cells, ctx.needs_input_grad[2]
         )
         if torch._C._will_engine_execute_node(ctx.shared.token.grad_fn):
-            steps = ctx.shared.pending.setdefault(torch._C._current_graph_task_id(), [])
-            steps.append((dsums, input[0], h0[0]))
+            pending = ctx.shared.pending.setdefault(torch._C._current_graph_task_id(), _Pending())
+            # Without their graph, which through this node would hold what holds them.
+            pending.add(dsums, input.detach()[0], h0.detach()[0])
         return None, None, dinput, dh0, dc0, *(None for _ in weights)
 
 
 _weight_gradients: Callable[..., Tensor] = _WeightGradients.apply
 _step: Callable[..., Results] = _Step.apply
+
+
+def _next(tensor: Tensor) -> tuple[Any, ...]:
+    """The nodes to which a result's node sends gradients, each with the number of its argument."""
+    node: Any = tensor.grad_fn
+    nodes: tuple[Any, ...] = node.next_functions
+    return nodes
+
+
+def _compiled() -> bool:
+    """Whether compiled autograd runs this backward: it adds up all gradients of a weight, and none may be None."""
+    module: Any = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and bool(module.in_compiled_autograd_region)
