@@ -3,9 +3,7 @@
 
 #include <ATen/ops/empty.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "huge_pages.h"
 
 namespace fastattn {
 
@@ -13,18 +11,6 @@ namespace fastattn {
 // whatever its height, and higher tiles read the packed keys and values less often.
 static int64_t forward_rows(WeightsMode mode, int64_t keys) {
   return mode != WeightsMode::none && keys > 2048 ? 96 : 64;
-}
-
-// Asks for huge pages in memory that is written whole, once: the C library returns blocks from 32 MB on to the system
-// when they are freed, so that each call meets every page for the first time. A request only; failing, it does nothing.
-static at::Tensor with_huge_pages(at::Tensor tensor) {
-#if defined(__linux__)
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + tensor.nbytes()) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  return tensor;
 }
 
 static at::Tensor empty_weights(const Problem& p, WeightsMode mode, const at::Tensor& query) {

@@ -10,6 +10,7 @@
 
 #include <cstring>
 
+#include "huge_pages.h"
 #include "lstm_layer.h"
 #include "product.h"
 
@@ -73,7 +74,8 @@ BackwardLayer::BackwardLayer(
   if (grad.out) grad_out = dense_float(*grad.out).view({s.rows, s.directions * s.state});
   if (grad.h_n) grad_h_n = dense_float(*grad.h_n);
   dcell = grad.c_n ? padded_state(*grad.c_n, s.units()) : at::zeros({s.directions, s.batch, s.units()}, floats);
-  dsums = at::empty({s.rows, s.directions, 4 * s.hidden}, is_half(form) ? args.input.options() : floats);
+  dsums = with_huge_pages(
+      at::empty({s.rows, s.directions, 4 * s.hidden}, is_half(form) ? args.input.options() : floats));
   dh0 = grad.h_n ? grad_h_n.clone() : at::zeros({s.directions, s.batch, s.state}, floats);
   if (s.projection) {
     dh = at::empty({s.rows, s.directions * s.state}, floats);

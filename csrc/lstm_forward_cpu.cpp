@@ -4,6 +4,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
+#include "huge_pages.h"
 #include "lstm_layer.h"
 #include "product.h"
 
@@ -75,7 +76,7 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
   gates = at::empty({0}, args.input.options());
   cells = at::empty({0}, floats);
   if (save) {
-    gates = at::empty({s.rows, s.directions, 4 * s.units()}, args.input.options());
+    gates = with_huge_pages(at::empty({s.rows, s.directions, 4 * s.units()}, args.input.options()));
     cells = at::empty({s.rows, s.directions, s.units()}, floats);
   }
   // In bfloat16 reading W_ih costs half as much, and torch's product would round the sums.

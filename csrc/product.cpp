@@ -6,6 +6,7 @@
 
 #include <limits>
 
+#include "huge_pages.h"
 #include "panels.h"
 #include "split.h"
 
@@ -17,7 +18,7 @@ static bool own_product(at::Tensor& out, const at::Tensor& left, const at::Tenso
   if (left.dim() != 2 || right.dim() != 2) return false;
   const bool split = can_split(left, right);
   if (!split && !worth_panels(left, right)) return false;
-  if (!out.defined()) out = at::empty({left.size(0), right.size(0)}, left.options());
+  if (!out.defined()) out = with_huge_pages(at::empty({left.size(0), right.size(0)}, left.options()));
   (split ? split_product : panel_product)(out, left, right, bias);
   return true;
 }
