@@ -1,5 +1,8 @@
 // Products of float32 matrices by panels. Part of kernels.inc.h; the method stands in panels_cpu.h.
 
+// Rows far apart, which the processor does not guess, are asked for so many numbers ahead.
+constexpr int64_t kNumbersAhead = 64;
+
 // Columns of a panel: column i is row i of `from` (there, depth), zeros beyond `there`.
 static void pack_turned(
     const float* from, int64_t row, int64_t there, int64_t depth, int64_t columns, float* to) {
@@ -8,7 +11,10 @@ static void pack_turned(
       const int64_t rows = min(kLanes, there - i), here = min(kLanes, depth - k);
       vec square[kLanes];
       if (rows == kLanes && here == kLanes)
-        for (int j = 0; j < kLanes; ++j) square[j] = load(from + (i + j) * row + k);
+        for (int j = 0; j < kLanes; ++j) {
+          square[j] = load(from + (i + j) * row + k);
+          if (k * sizeof(float) % 64 == 0) prefetch(from + (i + j) * row + k + kNumbersAhead);
+        }
       else
         for (int j = 0; j < kLanes; ++j) square[j] = j < rows ? load_lanes(from + (i + j) * row + k, here) : vec{};
       transpose(square);
