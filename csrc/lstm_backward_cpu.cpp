@@ -33,11 +33,14 @@ struct BackwardLayer {
   BackwardLayer(
       const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& saved_gates,
       const at::Tensor& saved_cells);
-  void walk(const Part& part, Barrier& barrier, float* scratch) const;
+  void walk() const {
+    run_parts(shape, form, [&](const Part& part, Barrier& barrier, float* scratch) { walk(part, barrier, scratch); });
+  }
   at::Tensor states_before(int64_t d, const at::Tensor& out, const at::Tensor& h0) const;
   at::Tensor dc0(at::ScalarType type) const { return dcell.narrow(2, 0, shape.hidden).to(type).contiguous(); }
 
  private:
+  void walk(const Part& part, Barrier& barrier, float* scratch) const;
   // Whether a step has one before it: a single one needs no product among the steps, and no packed weights.
   bool recurrent() const { return shape.steps > 1; }
   int64_t row_of(int64_t t, int64_t row) const { return shape.first[static_cast<size_t>(t)] + row; }
@@ -220,9 +223,7 @@ LstmBackward lstm_backward_cpu(
     const at::Tensor& cells, LstmWanted wanted) {
   const BackwardLayer layer(grad, args, out, gates, cells);
   const LstmShape& s = layer.shape;
-  run_parts(s, layer.form, [&](const Part& part, Barrier& barrier, float* scratch) {
-    layer.walk(part, barrier, scratch);
-  });
+  layer.walk();
 
   const auto type = args.input.scalar_type();
   const LstmForm form = layer.form;
@@ -270,9 +271,7 @@ LstmStepBackward lstm_step_backward_cpu(
       s.steps == 1 && s.directions == 1 && !s.projection && !s.packed, "input: got ", s.steps, " steps in ",
       s.directions, " directions", s.projection ? " with a projection" : "", s.packed ? ", packed" : "",
       ", expected one padded step in one direction without a projection");
-  run_parts(s, layer.form, [&](const Part& part, Barrier& barrier, float* scratch) {
-    layer.walk(part, barrier, scratch);
-  });
+  layer.walk();
   const auto type = args.input.scalar_type();
   const at::Tensor dsums = layer.dsums.select(1, 0);
   const auto back_through = [&](size_t weight) { return mm(dsums, operand(args.weights[weight], layer.form)).to(type); };

@@ -9,7 +9,8 @@ namespace fastattn {
 
 // Measured against torch's product on EPYC, 2 threads (rows, columns, depth). Zen 4: 1.04 to 1.13 times its speed from
 // 1,024 x 384 x 384 to 4,096 x 1,536 x 512, 1,024 x 4,096 x 1,024 and 2,048 x 512 x 3,200; 0.8 to 0.95 where one of them
-// is small. Zen 5: 1.3 to 2.4 from 32 x 32 x 32 on, 0.5 where the depth is 1 or with 1 or 2 columns of many rows.
+// is small. Zen 5: 1.1 to 2.6 from 32 x 32 x 32 on, the least with depths around 10, and up to 6 with 4 rows; 0.4 to 0.5
+// where the depth is 1 or with 1 or 2 columns of many rows.
 static bool worth_panels(int64_t rows, int64_t columns, int64_t depth) {
   switch (preferred_panels()) {
     case Panels::large: return depth >= 128 && columns >= 256 && rows * columns * depth >= 1 << 27;

@@ -34,6 +34,10 @@ def operands(bias: bool = True) -> list[Tensor]:
     return [tensor.requires_grad_() for tensor in given]
 
 
+def in_float64(given: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in given]
+
+
 def call(function: object, given: list[Tensor]) -> Tensor:
     result: Tensor = function(given[0], given[1], given[2] if len(given) > 2 else None)  # type: ignore[operator]
     return result
@@ -50,7 +54,7 @@ def test_gradients(bias: bool, frozen: int | None) -> None:
     given = operands(bias)
     if frozen is not None and frozen < len(given):
         given[frozen].requires_grad_(False)
-    exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in given]
+    exact = in_float64(given)
     ours, theirs = call(linear, given), call(torchs, exact)
     if extension.least_rows() < sys.maxsize:
         assert "WithGradients" in type(ours.grad_fn).__name__
@@ -63,7 +67,7 @@ def test_gradients(bias: bool, frozen: int | None) -> None:
 
 def test_a_gradient_that_is_one_number() -> None:
     given = operands()
-    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    exact = in_float64(given)
     assert_same(
         torch.autograd.grad(call(linear, given).sum(), given), torch.autograd.grad(call(torchs, exact).sum(), exact)
     )
@@ -72,7 +76,7 @@ def test_a_gradient_that_is_one_number() -> None:
 def test_second_derivatives() -> None:
     found = []
     given = operands()
-    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    exact = in_float64(given)
     for function, tensors in ((linear, given), (torchs, exact)):
         first = torch.autograd.grad(call(function, tensors).sin().sum(), tensors, create_graph=True)
         total = torch.stack([(gradient * 1e-2).square().sum() for gradient in first]).sum()
@@ -83,7 +87,7 @@ def test_second_derivatives() -> None:
 def test_gradients_in_batches() -> None:
     found = []
     given = operands()
-    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    exact = in_float64(given)
     cotangents = torch.randn(3, 2, 300, 200)
     for function, tensors in ((linear, given), (torchs, exact)):
         result = call(function, tensors)
@@ -128,7 +132,7 @@ def test_a_gradient_that_is_a_subclass() -> None:
     result = call(linear, given)
     ones = torch.ones_like(result)
     found = torch.autograd.grad(result, given, TwoTensor(ones, 2 * ones))
-    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    exact = in_float64(given)
     wanted = torch.autograd.grad(call(torchs, exact).sum(), exact)
     assert all(isinstance(gradient, TwoTensor) for gradient in found)
     assert_same([gradient.a for gradient in found], wanted)

@@ -40,14 +40,7 @@ def gradients(
         aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
         # One that was frozen since the forward has no gradient any more.
         places = [place for place in places if (alias := aliases[place]) is not None and alias.requires_grad]
-        return of_results(function(*aliases), grads, aliases, places, create_graph)
-
-
-def of_results(
-    results: Sequence[Any], grads: Sequence[Tensor | None], inputs: Sequence[Any], places: Sequence[int],
-    create_graph: bool,
-) -> list[Tensor | None]:  # fmt: skip
-    """The same from ``results`` that were computed from ``inputs``."""
+        results = function(*aliases)
     pairs = [
         (result, grad)
         for result, grad in zip(results, grads, strict=True)
@@ -56,7 +49,7 @@ def of_results(
     found: list[Tensor | None] = [None] * len(inputs)
     if pairs and places:
         outputs, given = zip(*pairs, strict=True)
-        wanted = [inputs[place] for place in places]
+        wanted = [alias for place in places if (alias := aliases[place]) is not None]
         computed = torch.autograd.grad(outputs, wanted, given, create_graph=create_graph, allow_unused=True)
         for place, gradient in zip(places, computed, strict=True):
             found[place] = gradient

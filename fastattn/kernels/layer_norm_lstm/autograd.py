@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.kernels.definition import asked_for, of_results
+from fastattn.kernels.definition import asked_for, gradients
 
 # Arguments that the operators share (_PROBLEM of ``op``), and what comes after the weights among them.
 PROBLEM_ARGS, AFTER_WEIGHTS = 11, 6
@@ -42,11 +42,7 @@ def layer_vjp(
     if all(grad is None for grad in grads):
         return (None, None, None, None, [None] * len(weights), *rest)
     if asked_for(*grads) or not ctx.save:
-        # Aliases: where one input depends on another, no derivative may follow it there.
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            leaves = [tensor.view_as(tensor) for tensor in (input, h0, c0, *weights)]
-            found = derivatives(problem, leaves, grads, create_graph)
+        found = derivatives(problem, (input, h0, c0, *weights), grads)
         return (found[0], None, found[1], found[2], found[3:], *rest)
     wanted = ctx.needs_input_grad[0]
     dinput, dh0, dc0, dweights = torch.ops.fastattn.layer_norm_lstm_layer_backward(
@@ -56,11 +52,12 @@ def layer_vjp(
 
 
 def derivatives(
-    problem: Sequence[Any], leaves: Sequence[Tensor], grads: Sequence[Tensor | None], create_graph: bool
+    problem: Sequence[Any], tensors: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients of ``leaves``, which stand for input, h0, c0 and the weights of ``problem``, by the definition."""
+    """Gradients of ``tensors``, which stand for input, h0, c0 and the weights of ``problem``, by the definition."""
     _, batch_sizes, _, _, _, *masks = problem
-    input, h0, c0, *weights = leaves
-    results = definition["layer"](input, batch_sizes, h0, c0, weights, *masks)
-    wanted = [place for place, leaf in enumerate(leaves) if leaf.requires_grad]
-    return of_results(results, grads, leaves, wanted, create_graph)
+
+    def layer(input: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        return definition["layer"](input, batch_sizes, h0, c0, weights, *masks)
+
+    return gradients(layer, tensors, range(len(tensors)), grads)

@@ -31,10 +31,10 @@ def layer_backward(
     *problem, input_grad = rest
     input, _, h0, c0, weights, *_ = problem
     given = (input, h0, c0, *weights)
-    # An operator runs below autograd; this one needs it.
-    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+    # An operator runs below autograd; this one needs it, and leaves no graph.
+    with torch.no_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
         leaves = [tensor.detach().requires_grad_() for tensor in given]
-        grads = autograd.derivatives(problem, leaves, (grad_out, grad_cells, grad_h_n, grad_c_n), create_graph=False)
+        grads = autograd.derivatives(problem, leaves, (grad_out, grad_cells, grad_h_n, grad_c_n))
     found = [
         torch.zeros_like(tensor, memory_format=torch.contiguous_format) if grad is None else grad.contiguous()
         for tensor, grad in zip(given, grads, strict=True)

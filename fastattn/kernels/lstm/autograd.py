@@ -41,7 +41,7 @@ def vjp(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     if definition.asked_for(*wanted):
         needs = ctx.needs_input_grad
         many = needs[4] if isinstance(needs[4], Sequence) else (needs[4],) * len(weights)
-        dinput, dh0, dc0, *dweights = by_definition(
+        dinput, dh0, dc0, *dweights = _by_definition(
             (input, h0, c0, *weights), (needs[0], needs[2], needs[3], *many), batch_sizes, 1, wanted
         )
         return dinput, None, dh0, dc0, dweights, None, None
@@ -71,19 +71,14 @@ class _ExtensionLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         batch_sizes, out, gates, cells, input, h0, c0, *weights = ctx.saved_tensors
-        given, needed = [grad for grad in grads if grad is not None], _needed(ctx.needs_input_grad)
-        if not given:
-            return (None,) * len(ctx.needs_input_grad)
-        if definition.asked_for(*given):
-            dinput, dh0, dc0, *dweights = by_definition((input, h0, c0, *weights), needed, batch_sizes, 1, grads)
-        elif onlookers.present(*given):
-            dinput, dh0, dc0, dweights = torch.ops.fastattn.lstm_layer_backward(
-                *grads, input, batch_sizes, h0, c0, weights, out, gates, cells, ctx.backend
+        needed, saved = _needed(ctx.needs_input_grad), (out, gates, cells)
+        found = past_extension(ctx.backend, (input, h0, c0, *weights), needed, batch_sizes, saved, grads)
+        if found is None:
+            *found, dweights = extension.backward[ctx.backend](
+                *grads, input, batch_sizes, h0, c0, weights, *saved, needed[0], any(needed[3:])
             )
-        else:
-            dinput, dh0, dc0, dweights = extension.backward[ctx.backend](
-                *grads, input, batch_sizes, h0, c0, weights, out, gates, cells, needed[0], any(needed[3:])
-            )
+            found += dweights
+        dinput, dh0, dc0, *dweights = found
         return None, dinput, None, dh0, dc0, *dweights
 
 
@@ -106,7 +101,7 @@ class _TorchLayers(torch.autograd.Function):
         needed = _needed(ctx.needs_input_grad)
         found: Sequence[Tensor | None]
         if definition.asked_for(*grads):
-            found = by_definition(tensors, needed, batch_sizes, ctx.layers, grads)
+            found = _by_definition(tensors, needed, batch_sizes, ctx.layers, grads)
         else:
             # The graph is gone after the first backward, as any other; for a second one it is built again.
             leaves, results = ctx.graph or _graph(ctx.layers, batch_sizes, tensors, needed)
@@ -133,7 +128,29 @@ def _needed(needs_input_grad: tuple[bool, ...]) -> tuple[bool, ...]:
     return needs_input_grad[1], *needs_input_grad[3:]
 
 
-def by_definition(
+def past_extension(
+    backend: str, tensors: Sequence[Tensor], needed: Sequence[bool], batch_sizes: Tensor | None,
+    saved: Sequence[Tensor], grads: Sequence[Tensor | None], traced: bool = False,
+) -> Sequence[Tensor | None] | None:  # fmt: skip
+    """Gradients of one layer's (input, h0, c0, *weights) where the extension may not be called itself; None: it may.
+
+    ``saved`` are the forward's out, gates and cells; ``traced`` says that somebody looks on whom no gradient shows.
+    """
+    given = [grad for grad in grads if grad is not None]
+    if not given:
+        return [None] * len(tensors)
+    if definition.asked_for(*given):
+        return _by_definition(tensors, needed, batch_sizes, 1, grads)
+    if not traced and not onlookers.present(*given):
+        return None
+    input, h0, c0, *weights = tensors
+    *found, dweights = torch.ops.fastattn.lstm_layer_backward(
+        *grads, input, batch_sizes, h0, c0, weights, *saved, backend
+    )
+    return [*found, *dweights]
+
+
+def _by_definition(
     tensors: Sequence[Tensor], needed: Sequence[bool], batch_sizes: Tensor | None, layers: int, grads: Sequence[Any]
 ) -> list[Tensor | None]:
     """Gradients of (input, h0, c0, *weights) by the definition."""

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.kernels import definition, onlookers
 from fastattn.kernels.attention.extension import mm
 from fastattn.kernels.lstm import autograd, extension
 from fastattn.kernels.lstm.autograd import Results
@@ -138,19 +137,11 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         out, gates, cells, *tensors = ctx.saved_tensors
         input, h0, c0, *weights = tensors
-        given = [grad for grad in grads if grad is not None]
-        if not given:
-            return (None,) * len(ctx.needs_input_grad)
-        if definition.asked_for(*given):
-            return None, None, *autograd.by_definition(tensors, ctx.needs_input_grad[2:], None, 1, grads)
-        if onlookers.present(*given) or _compiled():
-            dinput, dh0, dc0, dweights = torch.ops.fastattn.lstm_layer_backward(
-                *grads, input, None, h0, c0, weights, out, gates, cells, "cpu"
-            )
-            return None, out.new_zeros(0), dinput, dh0, dc0, *dweights
-        dinput, dh0, dc0, dsums = extension.step_backward(
-            *grads, input, h0, c0, weights, out, gates, cells, ctx.needs_input_grad[2]
-        )
+        needed, saved = ctx.needs_input_grad[2:], (out, gates, cells)
+        found = autograd.past_extension("cpu", tensors, needed, None, saved, grads, _compiled())
+        if found is not None:
+            return None, out.new_zeros(0), *found
+        dinput, dh0, dc0, dsums = extension.step_backward(*grads, input, h0, c0, weights, *saved, needed[0])
         if torch._C._will_engine_execute_node(ctx.shared.token.grad_fn):
             pending = ctx.shared.pending.setdefault(torch._C._current_graph_task_id(), _Pending())
             # Without their graph, which through this node would hold what holds them.
