@@ -18,6 +18,8 @@ constexpr int kLanes = 8, kMaxVectors = 2, kAccumulators = 12, kMaxRows = 6;
 }  // namespace fastattn
 
 #define FASTATTN_F16C
+#define FASTATTN_MAX(a, b) __builtin_ia32_maxps256(a, b)
+#define FASTATTN_MIN(a, b) __builtin_ia32_minps256(a, b)
 #define ISA avx2
 #define ISA_NAME "avx2"
 #include "kernels.inc.h"

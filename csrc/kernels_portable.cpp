@@ -15,6 +15,10 @@ constexpr int kMaxVectors = 2, kAccumulators = 12, kMaxRows = 6;
 }  // namespace portable
 }  // namespace fastattn
 
+#if defined(__x86_64__)
+#define FASTATTN_MAX(a, b) __builtin_ia32_maxps(a, b)
+#define FASTATTN_MIN(a, b) __builtin_ia32_minps(a, b)
+#endif
 #define ISA portable
 #define ISA_NAME "portable"
 #include "kernels.inc.h"

@@ -3,9 +3,6 @@
 // The recurrent product of a block is one panel of 64 columns, which hold the four gates of its 16 units: its sums stay
 // in the first-level cache until they have become a new state. The equations stand in lstm.h and lstm_cell.h.
 
-// 1 / (1 + exp(-x)); what would be below the smallest normal number is about that.
-static inline vec sigmoid(vec x) { return reciprocal(1.0f + exp(x < -87.0f ? splat(87.0f) : -x)); }
-
 #define FASTATTN_INLINE static inline
 #include "lstm_cell.h"
 #undef FASTATTN_INLINE

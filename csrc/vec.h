@@ -1,5 +1,5 @@
-// One vector register of floats, the exponential and the hyperbolic tangent. Part of kernels.inc.h: compiled once per
-// instruction set.
+// One vector register of floats, the exponential, the sigmoid and the hyperbolic tangent. Part of kernels.inc.h: compiled
+// once per instruction set.
 //
 // GCC and Clang lower arithmetic on these types to the widest instructions the including file is compiled for.
 
@@ -19,7 +19,18 @@ static inline void store(float* p, vec v) { __builtin_memcpy(p, &v, sizeof v); }
 // x - 0 is x for every x, so this costs one broadcast instruction.
 static inline vec splat(float x) { return x - vec{}; }
 
+// The second operand where either is NaN, which is what MAXPS and MINPS do. GCC 12 makes a comparison and a blend of the
+// conditional, which take twice as long.
+#if defined(FASTATTN_MAX) && !defined(__clang__)
+static inline vec max(vec a, vec b) { return FASTATTN_MAX(a, b); }
+static inline vec min(vec a, vec b) { return FASTATTN_MIN(a, b); }
+#else
 static inline vec max(vec a, vec b) { return a > b ? a : b; }
+static inline vec min(vec a, vec b) { return a < b ? a : b; }
+#endif
+
+// x within [-bound, bound]; NaN stays NaN.
+static inline vec clamp(vec x, float bound) { return min(splat(bound), max(splat(-bound), x)); }
 
 static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -34,11 +45,16 @@ static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 constexpr float kInfinity = __builtin_inff();
 
-// exp(x) for x <= 88, within 2 units in the last place; 0 below the smallest normal result, NaN for any NaN.
+// exp(x) - 1 = 2**n (1 + m) - 1, within 2 units in the last place of m, for -87 <= x <= 88.
 //
-// x = n log 2 + r with |r| <= log 2 / 2. n is rounded by adding 1.5 * 2**23, which leaves it in the low bits. The
-// coefficients are the degree-6 minimax fit of exp on that interval with 1 and r fixed (relative error 3e-9).
-__attribute__((always_inline)) static inline vec exp(vec x) {
+// x = n log 2 + r with |r| <= log 2 / 2, m = exp(r) - 1. n is rounded by adding 1.5 * 2**23, which leaves it in the low
+// bits. The coefficients are the degree-6 minimax fit of exp on that interval with 1 and r fixed (relative error 3e-9).
+struct Exponential {
+  vec m;
+  ivec n;  // shifted to where the exponent of a float stands
+};
+
+__attribute__((always_inline)) static inline Exponential exponential(vec x) {
   const vec shifter = splat(12582912.0f);
   const vec shifted = x * 1.44269504f + shifter;
   const vec n = shifted - shifter;
@@ -49,37 +65,44 @@ __attribute__((always_inline)) static inline vec exp(vec x) {
   q = q * r + 0.04166838899254799f;
   q = q * r + 0.1666652113199234f;
   q = q * r + 0.4999999403953552f;
-  const vec mantissa = (q * r) * r + r + 1.0f;
-  const vec result = (vec)((ivec)mantissa + ((ivec)shifted << 23));
-  return x >= -87.0f ? result : max(vec{}, x);  // of what is not greater than 0, max keeps NaN
+  return {q * (r * r) + r, (ivec)shifted << 23};
 }
 
-// 1 / x for normal x with a normal result, within 1 unit in the last place. The AVX-512 division of 16 numbers takes as
-// long as 16 multiplications; an estimate of 14 bits and one step of Newton's method are three instructions.
-static inline vec reciprocal(vec x) {
+// exp(x) within 2 units in the last place, for -87 <= x <= 88.
+__attribute__((always_inline)) static inline vec exp_in_range(vec x) {
+  const Exponential e = exponential(x);
+  return (vec)((ivec)(e.m + 1.0f) + e.n);
+}
+
+// The same for x <= 88; 0 below the smallest normal result, NaN for any NaN.
+__attribute__((always_inline)) static inline vec exp(vec x) {
+  return x >= -87.0f ? exp_in_range(x) : max(vec{}, x);  // of what is not greater than 0, max keeps NaN
+}
+
+// a / b for normal b, 1 / b and quotients, within 1 unit in the last place. The AVX-512 division of 16 numbers takes as
+// long as 16 multiplications; an estimate of 14 bits and one step of Newton's method are four instructions.
+static inline vec quotient(vec a, vec b) {
 #if defined(FASTATTN_RECIPROCAL_ESTIMATE)
-  const vec estimate = FASTATTN_RECIPROCAL_ESTIMATE(x);
-  return estimate * (2.0f - x * estimate);
+  const vec estimate = FASTATTN_RECIPROCAL_ESTIMATE(b), result = a * estimate;
+  return result + estimate * (a - result * b);
 #else
-  return 1.0f / x;
+  return a / b;
 #endif
 }
 
-// tanh(x) within 2 units in the last place, near 0 too; NaN for NaN.
-//
-// Near 0 the odd polynomial of degree 11 with 1 fixed that fits tanh on [-0.625, 0.625] best (relative error 5e-9);
-// elsewhere 1 - 2 / (exp(2 |x|) + 1), which from 20 on is 1.
+// 1 / (1 + exp(-x)) within 3 units in the last place; about the smallest normal number where it would be less.
+__attribute__((always_inline)) static inline vec sigmoid(vec x) {
+  return quotient(splat(1.0f), 1.0f + exp_in_range(-clamp(x, 87.0f)));
+}
+
+// tanh(x) = u / (u + 2) with u = exp(2 x) - 1, within 3 units in the last place, near 0 too; NaN for NaN. From |x| = 9.01
+// on it rounds to 1.
 __attribute__((always_inline)) static inline vec tanh(vec x) {
-  const vec square = x * x;
-  vec q = splat(-0.005704985000193119f);
-  q = q * square + 0.02063908614218235f;
-  q = q * square - 0.05373971536755562f;
-  q = q * square + 0.13331441581249237f;
-  q = q * square - 0.3333328068256378f;
-  const vec small = x + x * square * q;
-  const vec size = x < 0.0f ? -x : x;
-  const vec large = 1.0f - 2.0f * reciprocal(exp(2.0f * (size > 20.0f ? splat(20.0f) : size)) + 1.0f);
-  return size < 0.625f ? small : (x < 0.0f ? -large : large);
+  const vec inside = clamp(x, 10.0f);
+  const Exponential e = exponential(inside + inside);
+  const vec power = (vec)(e.n + 0x3f800000);
+  const vec u = power * e.m + (power - 1.0f);
+  return quotient(u, u + 2.0f);
 }
 
 // Lane i of the result is lane i ^ DISTANCE of v.
