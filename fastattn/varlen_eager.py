@@ -29,10 +29,12 @@ def attend(
         if len(members) == len(rows):
             q, k, v = _whole(query, queries), _whole(key, keys), _whole(value, values)
         else:
-            q, k, v = (torch.stack([parts[n] for n in members]) for parts in (queries, keys, values))
+            q, k, v = (_stack([parts[n] for n in members]) for parts in (queries, keys, values))
+        # The same for as many keys as queries, and then torch's own kernels can serve a causal call.
+        alignment = "top-left" if q.shape[1] == k.shape[1] else "bottom-right"
         result = functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale, enable_gqa=True, window=(left, right),
-            causal_alignment="bottom-right", return_lse=return_lse,
+            causal_alignment=alignment, return_lse=return_lse,
         )  # fmt: skip
         out, lse = result if return_lse else (result, None)
         for n, part in zip(members, out.transpose(1, 2).unbind(), strict=True):
@@ -100,7 +102,12 @@ def _whole(packed: Tensor, parts: Sequence[Tensor]) -> Tensor:
     if packed.dim() == 3 and packed.shape[0] == number * length:
         whole: Tensor = packed.unflatten(0, (number, length))
         return whole
-    return torch.stack(list(parts))
+    return _stack(parts)
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """``torch.stack``; a single part is not copied."""
+    return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
 
 
 def _equal_lengths(rows: list[int], columns: list[int]) -> list[list[int]]:
