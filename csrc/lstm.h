@@ -68,4 +68,14 @@ LstmBackward lstm_backward_cuda(
     const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& gates,
     const at::Tensor& cells);
 
+// A stack of L layers in one direction without projections, each reading the outputs of the one below. Here h0, c0, h_n
+// and c_n are (L, B, H), and the weights stand layer after layer, W_ih (4H, I) in the first and (4H, H) in the others.
+// out, h_n, c_n, and for the backward, empty (0) unless `save`: gates (L, N, 4 Hr), cells (L, N, Hr) and the outputs of
+// all layers but the last, states (L - 1, N, H).
+using LstmLayersForward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+LstmLayersForward lstm_layers_forward_cuda(const LstmArgs& args, bool save);
+LstmBackward lstm_layers_backward_cuda(
+    const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& gates,
+    const at::Tensor& cells, const at::Tensor& states);
+
 }  // namespace fastattn

@@ -49,9 +49,8 @@ void set_steps(LstmShape& shape, const LstmArgs& args) {
       shape.first.back());
 }
 
-}  // namespace
-
-LstmShape lstm_shape(const LstmArgs& args) {
+// All but the weights, where h0's first size, `parts`, has been found to be right.
+LstmShape sizes_of(const LstmArgs& args, int64_t parts) {
   const at::Tensor& input = args.input;
   LstmShape shape{};
   shape.packed = args.batch_sizes.has_value();
@@ -63,11 +62,7 @@ LstmShape lstm_shape(const LstmArgs& args) {
       type == at::kFloat || type == at::kHalf || type == at::kBFloat16, "input: got dtype ", type,
       ", expected float32, float16 or bfloat16");
   TORCH_CHECK_VALUE(input.layout() == at::kStrided, "input: got a ", input.layout(), " tensor, expected a strided one");
-  TORCH_CHECK_VALUE(
-      args.h0.dim() == 3 && args.h0.size(0) >= 1 && args.h0.size(0) <= 2, "h0: got shape ", args.h0.sizes(),
-      ", expected (D, B, P), D 1 or 2");
-  TORCH_CHECK_VALUE(args.c0.dim() == 3, "c0: got shape ", args.c0.sizes(), ", expected (D, B, H)");
-  shape.directions = args.h0.size(0);
+  shape.directions = shape.layers = 1;
   shape.batch = args.h0.size(1);
   shape.state = args.h0.size(2);
   shape.hidden = args.c0.size(2);
@@ -76,52 +71,102 @@ LstmShape lstm_shape(const LstmArgs& args) {
   shape.rows = shape.packed ? input.size(0) : shape.steps * input.size(1);
   TORCH_CHECK_VALUE(shape.hidden >= 1 && shape.state >= 1, "h0, c0: got no hidden units");
   if (!shape.packed) check("input", input, {shape.steps, shape.batch, shape.inputs}, input);
-  check("h0", args.h0, {shape.directions, shape.batch, shape.state}, input);
-  check("c0", args.c0, {shape.directions, shape.batch, shape.hidden}, input);
+  check("h0", args.h0, {parts, shape.batch, shape.state}, input);
+  check("c0", args.c0, {parts, shape.batch, shape.hidden}, input);
   set_steps(shape, args);
+  return shape;
+}
 
-  const int64_t count = static_cast<int64_t>(args.weights.size());
-  const int64_t each = count / shape.directions;
-  TORCH_CHECK_VALUE(
-      count % shape.directions == 0 && each >= 2 && each <= 5, "weights: got ", count, " tensors for ",
-      shape.directions, " directions, expected 2, 3, 4 or 5 for each");
+// `each` weights of every direction or, above the first layer, of a layer that reads the states of the one below.
+void check_weights(LstmShape& shape, const LstmArgs& args, int64_t each) {
   shape.biases = each >= 4;
   shape.projection = each % 2 == 1;
   TORCH_CHECK_VALUE(
       shape.projection || shape.state == shape.hidden, "h0: got ", shape.state, " features, expected c0's ",
       shape.hidden, ", for there is no projection");
   const int64_t gates = 4 * shape.hidden;
-  for (int64_t d = 0; d < shape.directions; ++d) {
-    const at::Tensor* weight = args.weights.data() + d * each;
-    const std::string where = "weights[" + std::to_string(d * each) + " + ";
-    check(where + "0]", *weight++, {gates, shape.inputs}, input);
-    check(where + "1]", *weight++, {gates, shape.state}, input);
+  for (int64_t part = 0; part < shape.directions * shape.layers; ++part) {
+    const at::Tensor* weight = args.weights.data() + part * each;
+    const std::string where = "weights[" + std::to_string(part * each) + " + ";
+    check(where + "0]", *weight++, {gates, part < shape.directions ? shape.inputs : shape.state}, args.input);
+    check(where + "1]", *weight++, {gates, shape.state}, args.input);
     if (shape.biases) {
-      check(where + "2]", *weight++, {gates}, input);
-      check(where + "3]", *weight++, {gates}, input);
+      check(where + "2]", *weight++, {gates}, args.input);
+      check(where + "3]", *weight++, {gates}, args.input);
     }
     if (shape.projection)
-      check(where + std::to_string(each - 1) + "]", *weight, {shape.state, shape.hidden}, input);
+      check(where + std::to_string(each - 1) + "]", *weight, {shape.state, shape.hidden}, args.input);
   }
-  return shape;
 }
 
-void check_lstm_backward(
-    const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out,
-    const at::Tensor& gates, const at::Tensor& cells) {
+void check_gradients(const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out) {
   std::vector<int64_t> out_sizes(args.input.sizes().begin(), args.input.sizes().end());
   out_sizes.back() = shape.directions * shape.state;
   check("out", out, out_sizes, args.input);
   if (grad.out) check("grad_out", *grad.out, out_sizes, args.input);
   if (grad.h_n) check("grad_h_n", *grad.h_n, args.h0.sizes(), args.input);
   if (grad.c_n) check("grad_c_n", *grad.c_n, args.c0.sizes(), args.input);
-  check("gates", gates, {shape.rows, shape.directions, 4 * shape.units()}, args.input);
+}
+
+// gates (first, second, 4 Hr) and cells (first, second, Hr).
+void check_saved(
+    const LstmShape& shape, const LstmArgs& args, const at::Tensor& gates, const at::Tensor& cells, int64_t first,
+    int64_t second) {
+  check("gates", gates, {first, second, 4 * shape.units()}, args.input);
   TORCH_CHECK_VALUE(
-      cells.scalar_type() == at::kFloat && cells.sizes() == at::IntArrayRef({shape.rows, shape.directions, shape.units()}) &&
+      cells.scalar_type() == at::kFloat && cells.sizes() == at::IntArrayRef({first, second, shape.units()}) &&
           cells.device() == args.input.device(),
       "cells: got ", cells.scalar_type(), " of shape ", cells.sizes(), " on ", cells.device(), ", expected float32 (",
-      shape.rows, ", ", shape.directions, ", ", shape.units(), ") on ", args.input.device());
+      first, ", ", second, ", ", shape.units(), ") on ", args.input.device());
   TORCH_CHECK_VALUE(gates.is_contiguous() && cells.is_contiguous(), "gates, cells: expected the forward's own results");
+}
+
+}  // namespace
+
+LstmShape lstm_shape(const LstmArgs& args) {
+  TORCH_CHECK_VALUE(
+      args.h0.dim() == 3 && args.h0.size(0) >= 1 && args.h0.size(0) <= 2, "h0: got shape ", args.h0.sizes(),
+      ", expected (D, B, P), D 1 or 2");
+  TORCH_CHECK_VALUE(args.c0.dim() == 3, "c0: got shape ", args.c0.sizes(), ", expected (D, B, H)");
+  const int64_t directions = args.h0.size(0);
+  LstmShape shape = sizes_of(args, directions);
+  shape.directions = directions;
+  const int64_t count = static_cast<int64_t>(args.weights.size()), each = count / directions;
+  TORCH_CHECK_VALUE(
+      count % directions == 0 && each >= 2 && each <= 5, "weights: got ", count, " tensors for ", directions,
+      " directions, expected 2, 3, 4 or 5 for each");
+  check_weights(shape, args, each);
+  return shape;
+}
+
+LstmShape lstm_layers_shape(const LstmArgs& args) {
+  TORCH_CHECK_VALUE(
+      args.h0.dim() == 3 && args.h0.size(0) >= 1, "h0: got shape ", args.h0.sizes(), ", expected (L, B, H), L >= 1");
+  TORCH_CHECK_VALUE(args.c0.dim() == 3, "c0: got shape ", args.c0.sizes(), ", expected (L, B, H)");
+  const int64_t layers = args.h0.size(0);
+  LstmShape shape = sizes_of(args, layers);
+  shape.layers = layers;
+  const int64_t count = static_cast<int64_t>(args.weights.size()), each = count / layers;
+  TORCH_CHECK_VALUE(
+      count % layers == 0 && (each == 2 || each == 4), "weights: got ", count, " tensors for ", layers,
+      " layers, expected 2 or 4 for each");
+  check_weights(shape, args, each);
+  return shape;
+}
+
+void check_lstm_backward(
+    const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out,
+    const at::Tensor& gates, const at::Tensor& cells) {
+  check_gradients(shape, grad, args, out);
+  check_saved(shape, args, gates, cells, shape.rows, shape.directions);
+}
+
+void check_lstm_layers_backward(
+    const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out,
+    const at::Tensor& gates, const at::Tensor& cells, const at::Tensor& states) {
+  check_gradients(shape, grad, args, out);
+  check_saved(shape, args, gates, cells, shape.layers, shape.rows);
+  check("states", states, {shape.layers - 1, shape.rows, shape.hidden}, args.input);
 }
 
 }  // namespace fastattn

@@ -9,7 +9,7 @@ namespace fastattn {
 
 struct LstmShape {
   int64_t steps, batch, inputs, hidden, state;  // T, B, I, H, P
-  int64_t directions, rows;                     // D, N
+  int64_t directions, layers, rows;             // D, 1 or L of a stack, N
   bool biases, projection, packed;
   std::vector<int64_t> active;  // (T + 1): rows of the batch that step t has; 0 at T
   std::vector<int64_t> first;   // (T + 1): the row of the input at which step t begins
@@ -21,9 +21,15 @@ struct LstmShape {
 // Throws c10::ValueError or TypeError, naming the argument, unless everything in `args` fits together.
 LstmShape lstm_shape(const LstmArgs& args);
 
+// Likewise for a stack of layers.
+LstmShape lstm_layers_shape(const LstmArgs& args);
+
 // Likewise for what a backward gets beside them.
 void check_lstm_backward(
     const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out,
     const at::Tensor& gates, const at::Tensor& cells);
+void check_lstm_layers_backward(
+    const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out,
+    const at::Tensor& gates, const at::Tensor& cells, const at::Tensor& states);
 
 }  // namespace fastattn

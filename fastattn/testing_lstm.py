@@ -25,7 +25,7 @@ _NAMES = ("out", "h_n", "c_n")
 
 @dataclass(frozen=True)
 class LstmCase:
-    """One call of one layer with everything that can vary."""
+    """One call of one layer, or of a stack of them, with everything that can vary."""
 
     steps: int = 5
     batch: int = 3
@@ -40,6 +40,7 @@ class LstmCase:
     losses: tuple[str, ...] = _NAMES
     scale: float = 1.0  # of the weights
     seed: int = 0
+    layers: int = 1  # of a stack, in one direction and without projections
 
     @property
     def outputs(self) -> int:
@@ -64,12 +65,14 @@ class Inputs:
     c0: Tensor
     weights: list[Tensor]
     grads: tuple[Tensor, Tensor, Tensor]
+    layers: int = 1
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         """A copy with every floating tensor changed."""
         return Inputs(
             change(self.input), self.batch_sizes, change(self.h0), change(self.c0),
             [change(weight) for weight in self.weights], tuple(change(grad) for grad in self.grads),  # type: ignore[arg-type]
+            self.layers,
         )  # fmt: skip
 
 
@@ -92,23 +95,30 @@ def make_inputs(case: LstmCase, device: str = "cpu") -> Inputs:
     sizes = case.batch_sizes
     batch = case.batch if case.lengths is None else len(case.lengths)
     rows = (case.steps, batch) if sizes is None else (int(sizes.sum()),)
-    shapes = [(4 * case.hidden, case.inputs), (4 * case.hidden, case.outputs)]
+    shapes = [(4 * case.hidden, case.outputs)]
     shapes += [(4 * case.hidden,)] * 2 if case.bias else []  # type: ignore[list-item]
     shapes += [(case.projection, case.hidden)] if case.projection else []
     scale = case.scale * case.hidden**-0.5
-    weights = [draw(*shape, scale=scale) for _ in range(case.directions) for shape in shapes]
-    state = (case.directions, batch)
+    features = [case.inputs] * case.directions + [case.hidden] * (case.layers - 1)
+    weights = [draw(*shape, scale=scale) for read in features for shape in [(4 * case.hidden, read), *shapes]]
+    state = (len(features), batch)
     grads = (draw(*rows, case.directions * case.outputs), draw(*state, case.outputs), draw(*state, case.hidden))
     return Inputs(
-        draw(*rows, case.inputs), sizes, draw(*state, case.outputs), draw(*state, case.hidden), weights, grads
-    )
+        draw(*rows, case.inputs), sizes, draw(*state, case.outputs), draw(*state, case.hidden), weights, grads,
+        case.layers,
+    )  # fmt: skip
 
 
 def eager(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """The eager definition in the arithmetic of the inputs' own dtype: the oracle, and plain PyTorch."""
-    return reference_lstm.lstm_layer(
-        inputs.input, inputs.batch_sizes, inputs.h0, inputs.c0, inputs.weights, compute_dtype=inputs.input.dtype
-    )
+    out, each, dtype = inputs.input, len(inputs.weights) // inputs.layers, inputs.input.dtype
+    states = []
+    for layer, (h0, c0) in enumerate(zip(inputs.h0.chunk(inputs.layers), inputs.c0.chunk(inputs.layers), strict=True)):
+        weights = inputs.weights[layer * each : (layer + 1) * each]
+        out, *state = reference_lstm.lstm_layer(out, inputs.batch_sizes, h0, c0, weights, compute_dtype=dtype)
+        states.append(state)
+    h_n, c_n = (torch.cat(parts) for parts in zip(*states, strict=True))
+    return out, h_n, c_n
 
 
 def evaluate(call: Call, case: LstmCase, inputs: Inputs) -> dict[str, Tensor]:

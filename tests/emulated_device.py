@@ -21,6 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 _SOURCES = (
     "csrc/lstm_shape.cpp", "csrc/cuda/call.cpp", "csrc/cuda/lstm_forward.cpp", "csrc/cuda/lstm_backward.cpp",
+    "csrc/cuda/lstm_layers_forward.cpp", "csrc/cuda/lstm_layers_backward.cpp",
     "csrc/cuda/lstm_step.cu", "csrc/cuda/lstm_persistent_forward.cu", "csrc/cuda/lstm_persistent_backward.cu",
     "csrc/layer_norm_lstm_shape.cpp", "csrc/cuda/layer_norm_call.cpp", "csrc/cuda/layer_norm_forward.cpp",
     "csrc/cuda/layer_norm_backward.cpp", "csrc/cuda/layer_norm_step.cu", "csrc/cuda/layer_norm_rows.cu",

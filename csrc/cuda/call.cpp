@@ -19,6 +19,7 @@ constexpr auto kDevice = at::kCUDA;
 #endif
 
 std::atomic<bool> persistent_allowed{true};
+std::atomic<int64_t> chunk_steps{kChunkSteps};
 
 Element element_of(at::ScalarType type) {
   return type == at::kHalf ? Element::half : type == at::kBFloat16 ? Element::bfloat16 : Element::single;
@@ -37,31 +38,46 @@ bool tf32_for(Element type) { return type == Element::single && at::globalContex
 
 bool may_persist(const LstmShape& shape) { return persistent_allowed && !shape.projection && shape.rows > 0; }
 
+// Of the forward and of the backward on the current device.
+std::pair<Plan, Plan> plans(at::ScalarType scalar_type, int64_t parts, int64_t batch, int64_t hidden) {
+  TORCH_CHECK_VALUE(batch >= 1 && hidden >= 1, "got batch ", batch, ", ", hidden, " hidden units");
+  if (!persistent_allowed) return {};
+  const Element type = element_of(scalar_type);
+  const bool tf32 = tf32_for(type);
+  return {plan_forward(type, tf32, parts, batch, hidden), plan_backward(type, tf32, parts, batch, hidden)};
+}
+
 }  // namespace
 
 void allow_persistent(bool allowed) { persistent_allowed = allowed; }
 
-std::pair<bool, bool> persistent(
-    at::ScalarType scalar_type, int64_t directions, int64_t batch, int64_t hidden, bool projection) {
-  TORCH_CHECK_VALUE(
-      directions >= 1 && directions <= 2 && batch >= 1 && hidden >= 1, "got ", directions, " directions, batch ", batch,
-      ", ", hidden, " hidden units");
-  if (projection || !persistent_allowed) return {false, false};
-  const Element type = element_of(scalar_type);
-  const bool tf32 = tf32_for(type);
-  return {
-      plan_forward(type, tf32, directions, batch, hidden).unit_blocks > 0,
-      plan_backward(type, tf32, directions, batch, hidden).unit_blocks > 0};
+void set_chunk_steps(int64_t steps) {
+  TORCH_CHECK_VALUE(steps >= 1, "steps: got ", steps, ", expected at least 1");
+  chunk_steps = steps;
 }
 
-Call::Call(const LstmArgs& args)
-    : shape(lstm_shape(on_device(args))),
+std::pair<bool, bool> persistent(
+    at::ScalarType scalar_type, int64_t directions, int64_t batch, int64_t hidden, bool projection) {
+  TORCH_CHECK_VALUE(directions >= 1 && directions <= 2, "got ", directions, " directions");
+  const auto [forward, backward] = plans(scalar_type, directions, batch, hidden);
+  return {!projection && forward.unit_blocks > 0, !projection && backward.unit_blocks > 0};
+}
+
+std::pair<int64_t, int64_t> layers_together(
+    at::ScalarType scalar_type, int64_t layers, int64_t steps, int64_t batch, int64_t hidden) {
+  TORCH_CHECK_VALUE(layers >= 1 && steps >= 1, "got ", layers, " layers, ", steps, " steps");
+  const auto [forward, backward] = plans(scalar_type, steps > chunk_steps ? layers : 1, batch, hidden);
+  return {forward.together, backward.together};
+}
+
+Call::Call(const LstmArgs& args, LstmShape (&checked)(const LstmArgs&))
+    : shape(checked(on_device(args))),
       type(element_of(args.input.scalar_type())),
       tf32(tf32_for(type)),
       device(args.input.device()),
       stream(current_stream()) {
   const at::Tensor* weight = args.weights.data();
-  for (int64_t d = 0; d < shape.directions; ++d) {
+  for (int64_t part = 0; part < shape.directions * shape.layers; ++part) {
     Direction direction;
     direction.w_ih = (weight++)->contiguous();
     direction.w_hh = (weight++)->contiguous();
@@ -93,14 +109,18 @@ at::Tensor Call::at_last_steps(const at::Tensor& rows) const {
   return at::index_select(rows, 0, index);
 }
 
-Plan forward_plan(const Call& call) {
+Plan forward_plan(const Call& call, int64_t parts) {
   const LstmShape& s = call.shape;
-  return may_persist(s) ? plan_forward(call.type, call.tf32, s.directions, s.batch, s.hidden) : Plan{};
+  return may_persist(s) ? plan_forward(call.type, call.tf32, parts, s.batch, s.hidden) : Plan{};
 }
 
-Plan backward_plan(const Call& call) {
+Plan backward_plan(const Call& call, int64_t parts) {
   const LstmShape& s = call.shape;
-  return may_persist(s) ? plan_backward(call.type, call.tf32, s.directions, s.batch, s.hidden) : Plan{};
+  return may_persist(s) ? plan_backward(call.type, call.tf32, parts, s.batch, s.hidden) : Plan{};
 }
+
+int64_t layers_side_by_side(const Call& call) { return call.shape.steps > chunk_steps ? call.shape.layers : 1; }
+
+Waves waves_of(const Call& call, int64_t layers) { return Waves(layers, call.shape.steps, chunk_steps); }
 
 }  // namespace fastattn::cuda

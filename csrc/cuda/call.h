@@ -7,6 +7,7 @@
 #include "../lstm.h"
 #include "../lstm_shape.h"
 #include "launch.h"
+#include "waves.h"
 
 namespace fastattn::cuda {
 
@@ -16,7 +17,7 @@ struct Direction {
 };
 
 struct Call {
-  explicit Call(const LstmArgs& args);
+  explicit Call(const LstmArgs& args, LstmShape (&checked)(const LstmArgs&) = lstm_shape);
 
   LstmShape shape;
   Element type;
@@ -26,7 +27,7 @@ struct Call {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
   void* stream;
-  std::vector<Direction> directions;
+  std::vector<Direction> directions;  // of a stack, each layer's one
   at::Tensor first;  // of packed input: shape.first on the device
 
   Steps steps() const;
@@ -36,9 +37,16 @@ struct Call {
   at::Tensor at_last_steps(const at::Tensor& rows) const;
 };
 
-// How the persistent kernels do a call; without unit_blocks where they may not or cannot.
-Plan forward_plan(const Call& call);
-Plan backward_plan(const Call& call);
+// How the persistent kernels do so many parts of a call, directions or layers; without unit_blocks where they may not or
+// cannot.
+Plan forward_plan(const Call& call, int64_t parts);
+Plan backward_plan(const Call& call, int64_t parts);
+
+// Layers that may run side by side: all of a stack whose sequence is long enough to be cut, else one.
+int64_t layers_side_by_side(const Call& call);
+
+// The waves of so many of them.
+Waves waves_of(const Call& call, int64_t layers);
 
 // A kernel's view of a tensor that may be absent.
 inline const void* pointer(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }

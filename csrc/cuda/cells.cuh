@@ -18,7 +18,7 @@ FASTATTN_INLINE Gates<float> four_rows(const void* from, int64_t index, int64_t 
 
 template <class T>
 FASTATTN_INLINE Gates<float> input_sums(const ForwardCells& cells, int64_t n, int64_t j) {
-  return four_rows<T>(cells.input_gates, n * 4 * cells.hidden + j, cells.hidden);
+  return four_rows<T>(cells.input_gates, (n - cells.input_row) * 4 * cells.hidden + j, cells.hidden);
 }
 
 FASTATTN_INLINE Gates<float> operator+(const Gates<float>& a, const Gates<float>& b) {

@@ -25,13 +25,13 @@ struct Steps {
 
 // What the cells of one direction read and write in the forward. Row n of a tensor is at pointer + n * its stride.
 struct ForwardCells {
-  const void* input_gates;        // (N, 4H) dense: W_ih x
+  const void* input_gates;        // (rows, 4H) dense: W_ih x of row input_row and those after it
   const void *bias_ih, *bias_hh;  // (4H), both or none
   void* out;                      // (N, H) at out_stride: m_t
   void* gates;                    // (N, Hr, 4) at gates_stride, null unless saved
   float* cells;                   // (N, Hr) at cells_stride, null unless saved
   int64_t out_stride, gates_stride, cells_stride;
-  int64_t hidden;
+  int64_t hidden, input_row;
 };
 
 // And in the backward.
@@ -94,44 +94,62 @@ void previous_states(Element type, const Previous& args, void* stream);
 // Write `count` numbers to the device. They travel as arguments of kernels, so `values` may go at once.
 void upload(const int64_t* values, int64_t count, int64_t* to, void* stream);
 
-// ---- The persistent kernels (lstm_persistent.cuh): a whole sequence in one launch.
+// ---- The persistent kernels (lstm_persistent.cuh): many steps in one launch.
 
-// How the work is laid out over the device. A group of blocks owns every `groups`-th row of the batch in one direction,
-// and shares a barrier; a block of it owns a few units, whose weights it keeps.
+// Most parts side by side: both directions of a layer, or layers of a stack. More than 4 layers are rare.
+constexpr int64_t kMostTogether = 4;
+
+// How the work is laid out over the device. A group of blocks owns every `groups`-th row of the batch in one part, and
+// shares a barrier; a block of it owns a few units, whose weights it keeps.
 struct Plan {
   int64_t unit_blocks = 0;  // blocks of a group; 0: the kernel cannot do it
   int64_t groups = 0;
-  bool side_by_side = false;  // both directions in one launch; else one after the other
+  int64_t together = 1;  // parts in one launch; the others come after them
+};
+
+// A part of a launch: steps `begin` to `end` - 1 of one direction of a layer, or of one layer of a stack. A launch of
+// the next steps in its order goes on where this one ended, from what it left in the memory it is given again: exchange
+// or grad_gates, cell_state or grad_cell, arrivals.
+struct ForwardPart {
+  ForwardCells cells;
+  const void* weight;  // W_hh (4H, H) dense
+  const void* c0;      // (B, H) dense
+  void *h_n, *c_n;     // (B, H) dense
+  void* exchange;      // (2, B, depth) dense: h of even and of odd steps; at first both hold h0, and 0 beyond H
+  float* cell_state;   // (B, H) dense: c between two launches
+  uint32_t* arrivals;  // (groups), at first 0
+  int64_t begin, end;
+  bool reverse;
 };
 
 struct PersistentForward {
-  ForwardCells cells[2];  // of the directions of this launch
-  const void* weight[2];  // W_hh (4H, H) dense
-  const void* c0[2];      // (B, H) dense
-  void *h_n[2], *c_n[2];  // (B, H) dense
-  bool reverse[2];
-  void* exchange[2];    // (2, B, depth) dense: h of even and of odd steps; both hold h0, and 0 beyond H
-  uint32_t* arrivals;   // (directions x groups), 0
-  int64_t directions, groups, unit_blocks, depth;
-  Steps steps;
+  ForwardPart part[kMostTogether];
+  int64_t parts, groups, unit_blocks, depth;
+  Steps steps;  // of the whole sequence
 };
 // Rows of the exchange are this long: H rounded up to the depth of one block of the product.
 int64_t forward_depth(Element type, int64_t hidden);
-Plan plan_forward(Element type, bool tf32, int64_t directions, int64_t batch, int64_t hidden);
+Plan plan_forward(Element type, bool tf32, int64_t parts, int64_t batch, int64_t hidden);
 void persistent_forward(Element type, bool tf32, const PersistentForward& args, void* stream);
 
+struct BackwardPart {
+  BackwardCells cells;   // grad_gates with unit_stride Hr: the next step's product reads them there
+  const void* weight;    // W_hh (4H, H) dense
+  const void* grad_h_n;  // (B, H) dense, or null
+  const void* grad_c_n;  // (B, H) dense, or null
+  void* grad_c0;         // (B, H) dense
+  float* grad_cell;      // (B, H) dense: of c between two launches
+  uint32_t* arrivals;    // (groups), at first 0
+  int64_t begin, end;
+  bool reverse;
+};
+
 struct PersistentBackward {
-  BackwardCells cells[2];     // grad_gates with unit_stride Hr: the next step's product reads them there
-  const void* weight[2];      // W_hh (4H, H) dense
-  const void* grad_h_n[2];    // (B, H) dense, or null
-  const void* grad_c_n[2];    // (B, H) dense, or null
-  void* grad_c0[2];           // (B, H) dense
-  bool reverse[2];
-  uint32_t* arrivals;  // (directions x groups), 0
-  int64_t directions, groups, unit_blocks;
+  BackwardPart part[kMostTogether];
+  int64_t parts, groups, unit_blocks;
   Steps steps;
 };
-Plan plan_backward(Element type, bool tf32, int64_t directions, int64_t batch, int64_t hidden);
+Plan plan_backward(Element type, bool tf32, int64_t parts, int64_t batch, int64_t hidden);
 void persistent_backward(Element type, bool tf32, const PersistentBackward& args, void* stream);
 
 // The stream of torch on the current device (stream.cpp).

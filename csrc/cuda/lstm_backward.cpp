@@ -8,63 +8,111 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
-#include "call.h"
+#include "backward.h"
 
 namespace fastattn {
 
-using namespace cuda;
+namespace cuda {
 
-namespace {
+at::Tensor Recurrence::sums(const LstmShape& shape, int64_t first, int64_t rows) const {
+  return grad_gates.narrow(0, first, rows).narrow(2, 0, shape.hidden).reshape({rows, 4 * shape.hidden});
+}
 
-// The results of the forward and the gradients of them, dense.
-struct Backward {
-  const LstmArgs& args;
-  at::Tensor out, gates, cells;           // (N, D P), (N, D, 4 Hr), (N, D, Hr)
-  at::Tensor grad_out, grad_h_n, grad_c_n;  // (N, D P), (D, B, P), (D, B, H); undefined for zero
-  at::Tensor c0, h0;
-  at::Tensor grad_h0, grad_c0;
-};
-
-// One direction's: G as (N, 4, units), and with a projection dh (N, P) and m (N, H).
-struct Recurrence {
-  at::Tensor grad_gates, grad_states, unprojected;
-};
-
-at::Tensor dense(const std::optional<at::Tensor>& tensor) { return tensor ? tensor->contiguous() : at::Tensor(); }
-
-BackwardCells cells_of(const Call& call, const Backward& backward, const Recurrence& recurrence, int64_t d) {
+BackwardCells cells_of(const Call& call, const BackwardLayer& layer, const Recurrence& recurrence, int64_t d) {
   const LstmShape& s = call.shape;
   BackwardCells cells{};
-  if (backward.grad_out.defined() && !s.projection) cells.grad_out = at_column(backward.grad_out, d * s.state);
+  if (layer.grad_out.defined() && !s.projection) cells.grad_out = at_column(layer.grad_out, d * s.state);
   cells.grad_out_stride = s.directions * s.state;
-  cells.gates = at_column(backward.gates, d * 4 * s.units());
+  cells.gates = at_column(layer.gates, d * 4 * s.units());
   cells.gates_stride = s.directions * 4 * s.units();
-  cells.cells = backward.cells.const_data_ptr<float>() + d * s.units();
+  cells.cells = layer.cells.const_data_ptr<float>() + d * s.units();
   cells.cells_stride = s.directions * s.units();
-  cells.c0 = at_column(backward.c0, d * s.batch * s.hidden);
+  cells.c0 = at_column(layer.c0, d * s.batch * s.hidden);
   cells.grad_gates = recurrence.grad_gates.data_ptr();
   cells.hidden = s.hidden;
   cells.unit_stride = recurrence.grad_gates.size(2);
   return cells;
 }
 
-// grad_h0 and grad_c0 hold the gradients of h_n and c_n and are the state of the recurrence. Rows join at their last
-// step and stay as their first step leaves them.
-void step_by_step(const Call& call, const Backward& backward, Recurrence& recurrence, int64_t d) {
+BackwardLaunch backward_launch(
+    const Call& call, const Plan& plan, const GradStates& grad, const Direction* weights, const BackwardCells* cells) {
   const LstmShape& s = call.shape;
-  const Direction& weights = call.directions[static_cast<size_t>(d)];
-  const auto options = backward.args.input.options();
+  const int64_t parts = grad.h0.size(0), state = s.batch * s.hidden;
+  BackwardLaunch launch;
+  launch.args.parts = parts;
+  launch.args.groups = plan.groups;
+  launch.args.unit_blocks = plan.unit_blocks;
+  launch.args.steps = call.steps();
+  const auto options = grad.h0.options();
+  launch.grad_cell = at::empty({parts, s.batch, s.hidden}, options.dtype(at::kFloat));
+  launch.arrivals = at::zeros({parts, plan.groups}, options.dtype(at::kInt));
+  auto* arrivals = reinterpret_cast<uint32_t*>(launch.arrivals.mutable_data_ptr<int32_t>());
+  for (int64_t i = 0; i < parts; ++i) {
+    BackwardPart& part = launch.args.part[i];
+    part.cells = cells[i];
+    part.weight = weights[i].w_hh.const_data_ptr();
+    if (grad.h_n.defined()) part.grad_h_n = at_column(grad.h_n, i * state);
+    if (grad.c_n.defined()) part.grad_c_n = at_column(grad.c_n, i * state);
+    part.grad_c0 = at_column(grad.c0, i * state);
+    part.grad_cell = launch.grad_cell.mutable_data_ptr<float>() + i * state;
+    part.arrivals = arrivals + i * plan.groups;
+    part.end = s.steps;
+  }
+  return launch;
+}
+
+void first_state_gradient(
+    const Call& call, const Recurrence& recurrence, const Direction& weights, int64_t d, at::Tensor grad_h0) {
+  const LstmShape& s = call.shape;
+  const at::Tensor& rows = recurrence.grad_gates;
+  const at::Tensor begins = d == 1 ? call.at_last_steps(rows) : rows.narrow(0, 0, s.batch);
+  at::mm_out(grad_h0, begins.narrow(2, 0, s.hidden).reshape({s.batch, 4 * s.hidden}), weights.w_hh);
+}
+
+void weight_gradients(
+    const Call& call, const BackwardLayer& layer, const Recurrence& recurrence, const at::Tensor& sums, int64_t d,
+    std::vector<at::Tensor>& grads) {
+  const LstmShape& s = call.shape;
+  const at::Tensor previous = at::empty({s.rows, s.state}, layer.input.options());
+  const Previous source{at_column(layer.out, d * s.state),
+                        at_column(layer.h0, d * s.batch * s.state),
+                        previous.data_ptr(),
+                        s.directions * s.state,
+                        s.state,
+                        call.steps(),
+                        d == 1};
+  previous_states(call.type, source, call.stream);
+  grads.push_back(at::mm(sums.t(), layer.input));
+  grads.push_back(at::mm(sums.t(), previous));
+  if (s.biases) {
+    grads.push_back(at::sum(sums, {0}));
+    grads.push_back(grads.back().clone());
+  }
+  if (s.projection) grads.push_back(at::mm(recurrence.grad_states.t(), recurrence.unprojected));
+}
+
+namespace {
+
+at::Tensor dense(const std::optional<at::Tensor>& tensor) { return tensor ? tensor->contiguous() : at::Tensor(); }
+
+// The gradients of h0 and c0 hold those of h_n and c_n and are the state of the recurrence. Rows join at their last step
+// and stay as their first step leaves them.
+void step_by_step(
+    const Call& call, const BackwardLayer& layer, const GradStates& grad, Recurrence& recurrence, int64_t d) {
+  const LstmShape& s = call.shape;
+  const Direction& weights = layer.weights[d];
+  const auto options = layer.input.options();
   recurrence.grad_gates = at::empty({s.rows, 4, s.hidden}, options);
-  const BackwardCells cells = cells_of(call, backward, recurrence, d);
+  const BackwardCells cells = cells_of(call, layer, recurrence, d);
   const at::Tensor grad_gates = recurrence.grad_gates.view({s.rows, 4 * s.hidden});
-  const at::Tensor grad_state = backward.grad_h0[d];
+  const at::Tensor grad_state = grad.h0[d];
   const at::Tensor grad_cell = at::empty({s.batch, s.hidden}, options.dtype(at::kFloat));
-  grad_cell.copy_(backward.grad_c0[d]);
+  grad_cell.copy_(grad.c0[d]);
   at::Tensor grad_unprojected;
   if (s.projection) {
     recurrence.grad_states = at::empty({s.rows, s.state}, options);
-    if (backward.grad_out.defined())
-      recurrence.grad_states.copy_(backward.grad_out.narrow(1, d * s.state, s.state));
+    if (layer.grad_out.defined())
+      recurrence.grad_states.copy_(layer.grad_out.narrow(1, d * s.state, s.state));
     else
       recurrence.grad_states.zero_();
     grad_unprojected = at::empty({s.batch, s.hidden}, options);
@@ -91,7 +139,7 @@ void step_by_step(const Call& call, const Backward& backward, Recurrence& recurr
     backward_step(call.type, launch, call.stream);
     at::mm_out(state, grad_gates.narrow(0, first, rows), weights.w_hh);
   }
-  backward.grad_c0[d].copy_(grad_cell);
+  grad.c0[d].copy_(grad_cell);
   if (s.projection) {
     recurrence.unprojected = at::empty({s.rows, s.hidden}, options);
     const Unprojected again{cells.gates,        cells.cells, recurrence.unprojected.data_ptr(), cells.gates_stride,
@@ -100,101 +148,72 @@ void step_by_step(const Call& call, const Backward& backward, Recurrence& recurr
   }
 }
 
-// Directions `begin` to `begin + count` in one launch, then dh0 as one product.
-void persist(
-    const Call& call, const Backward& backward, const Plan& plan, Recurrence* recurrence, int64_t begin,
-    int64_t count) {
-  const LstmShape& s = call.shape;
-  const auto options = backward.args.input.options();
-  PersistentBackward launch{};
-  launch.directions = count;
-  launch.groups = plan.groups;
-  launch.unit_blocks = plan.unit_blocks;
-  launch.steps = call.steps();
-  const at::Tensor arrivals = at::zeros({count * plan.groups}, options.dtype(at::kInt));
-  launch.arrivals = reinterpret_cast<uint32_t*>(arrivals.mutable_data_ptr<int32_t>());
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t d = begin + i, offset = d * s.batch * s.hidden;
-    recurrence[d].grad_gates = at::empty({s.rows, 4, s.units()}, options);
-    launch.cells[i] = cells_of(call, backward, recurrence[d], d);
-    launch.weight[i] = call.directions[static_cast<size_t>(d)].w_hh.const_data_ptr();
-    if (backward.grad_h_n.defined()) launch.grad_h_n[i] = at_column(backward.grad_h_n, offset);
-    if (backward.grad_c_n.defined()) launch.grad_c_n[i] = at_column(backward.grad_c_n, offset);
-    launch.grad_c0[i] = at_column(backward.grad_c0, offset);
-    launch.reverse[i] = d == 1;
-  }
-  persistent_backward(call.type, call.tf32, launch, call.stream);
-  for (int64_t d = begin; d < begin + count; ++d) {
-    const at::Tensor& rows = recurrence[d].grad_gates;
-    const at::Tensor begins = d == 1 ? call.at_last_steps(rows) : rows.narrow(0, 0, s.batch);
-    at::Tensor grad_h0 = backward.grad_h0[d];
-    at::mm_out(
-        grad_h0, begins.narrow(2, 0, s.hidden).reshape({s.batch, 4 * s.hidden}),
-        call.directions[static_cast<size_t>(d)].w_hh);
-  }
-}
-
-// Gradients of one direction's weights, appended to `grads`.
-void weight_gradients(
-    const Call& call, const Backward& backward, const Recurrence& recurrence, const at::Tensor& input,
-    const at::Tensor& grad_sums, int64_t d, std::vector<at::Tensor>& grads) {
-  const LstmShape& s = call.shape;
-  const at::Tensor previous = at::empty({s.rows, s.state}, input.options());
-  const Previous source{at_column(backward.out, d * s.state),
-                        at_column(backward.h0, d * s.batch * s.state),
-                        previous.data_ptr(),
-                        s.directions * s.state,
-                        s.state,
-                        call.steps(),
-                        d == 1};
-  previous_states(call.type, source, call.stream);
-  grads.push_back(at::mm(grad_sums.t(), input));
-  grads.push_back(at::mm(grad_sums.t(), previous));
-  if (s.biases) {
-    grads.push_back(at::sum(grad_sums, {0}));
-    grads.push_back(grads.back().clone());
-  }
-  if (s.projection) grads.push_back(at::mm(recurrence.grad_states.t(), recurrence.unprojected));
-}
-
 }  // namespace
+
+at::Tensor backward_layer(
+    const Call& call, const BackwardLayer& layer, const GradStates& grad, std::vector<at::Tensor>& grads) {
+  const LstmShape& s = call.shape;
+  const Plan plan = backward_plan(call, s.directions);
+  Recurrence recurrence[2];
+  for (int64_t begin = 0; begin < s.directions; begin += plan.together) {
+    if (plan.unit_blocks == 0) {
+      step_by_step(call, layer, grad, recurrence[begin], begin);
+      continue;
+    }
+    const int64_t end = begin + plan.together;
+    BackwardCells cells[2];
+    for (int64_t d = begin; d < end; ++d) {
+      recurrence[d].grad_gates = at::empty({s.rows, 4, s.units()}, layer.input.options());
+      cells[d] = cells_of(call, layer, recurrence[d], d);
+    }
+    BackwardLaunch launch =
+        backward_launch(call, plan, grad.narrow(begin, plan.together), layer.weights + begin, cells + begin);
+    launch.args.part[plan.together - 1].reverse = end == 2;
+    persistent_backward(call.type, call.tf32, launch.args, call.stream);
+    for (int64_t d = begin; d < end; ++d)
+      first_state_gradient(call, recurrence[d], layer.weights[d], d, grad.h0[d]);
+  }
+
+  at::Tensor grad_input;
+  for (int64_t d = 0; d < s.directions; ++d) {
+    const at::Tensor sums = recurrence[d].sums(s, 0, s.rows);
+    const at::Tensor& w_ih = layer.weights[d].w_ih;
+    grad_input = d == 0 ? at::mm(sums, w_ih) : at::addmm(grad_input, sums, w_ih);
+    weight_gradients(call, layer, recurrence[d], sums, d, grads);
+  }
+  return grad_input;
+}
+
+GradStates grad_states(const Call& call, const LstmGradients& grad, const at::TensorOptions& options) {
+  const LstmShape& s = call.shape;
+  const int64_t parts = s.directions * s.layers;
+  GradStates states{
+      dense(grad.h_n), dense(grad.c_n), at::zeros({parts, s.batch, s.state}, options),
+      at::zeros({parts, s.batch, s.hidden}, options)};
+  if (grad.h_n) states.h0.copy_(*grad.h_n);
+  if (grad.c_n) states.c0.copy_(*grad.c_n);
+  return states;
+}
+
+at::Tensor as_rows(const Call& call, const std::optional<at::Tensor>& tensor) {
+  return tensor ? tensor->reshape({call.shape.rows, call.shape.directions * call.shape.state}).contiguous() : at::Tensor();
+}
+
+}  // namespace cuda
 
 LstmBackward lstm_backward_cuda(
     const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& gates,
     const at::Tensor& cells) {
-  const Call call(args);
+  const cuda::Call call(args);
   const LstmShape& s = call.shape;
   check_lstm_backward(s, grad, args, out, gates, cells);
-  const auto options = args.input.options();
-  Backward backward{
-      args,           out.reshape({s.rows, s.directions * s.state}).contiguous(), gates, cells, dense(grad.out),
-      dense(grad.h_n), dense(grad.c_n), args.c0.contiguous(), args.h0.contiguous(), at::Tensor(), at::Tensor()};
-  if (backward.grad_out.defined()) backward.grad_out = backward.grad_out.view({s.rows, s.directions * s.state});
-  backward.grad_h0 = at::zeros({s.directions, s.batch, s.state}, options);
-  backward.grad_c0 = at::zeros({s.directions, s.batch, s.hidden}, options);
-  if (grad.h_n) backward.grad_h0.copy_(*grad.h_n);
-  if (grad.c_n) backward.grad_c0.copy_(*grad.c_n);
-
-  const Plan plan = backward_plan(call);
-  const int64_t together = plan.side_by_side ? s.directions : 1;
-  Recurrence recurrence[2];
-  for (int64_t d = 0; d < s.directions; d += together) {
-    if (plan.unit_blocks > 0)
-      persist(call, backward, plan, recurrence, d, together);
-    else
-      step_by_step(call, backward, recurrence[d], d);
-  }
-
-  const at::Tensor input = args.input.reshape({s.rows, s.inputs});
-  at::Tensor grad_input;
+  const cuda::BackwardLayer layer{
+      call.directions.data(), args.input.reshape({s.rows, s.inputs}), args.h0.contiguous(), args.c0.contiguous(),
+      cuda::as_rows(call, out), gates, cells, cuda::as_rows(call, grad.out)};
+  const cuda::GradStates states = cuda::grad_states(call, grad, args.input.options());
   std::vector<at::Tensor> grad_weights;
-  for (int64_t d = 0; d < s.directions; ++d) {
-    const at::Tensor sums = recurrence[d].grad_gates.narrow(2, 0, s.hidden).reshape({s.rows, 4 * s.hidden});
-    const at::Tensor& w_ih = call.directions[static_cast<size_t>(d)].w_ih;
-    grad_input = d == 0 ? at::mm(sums, w_ih) : at::addmm(grad_input, sums, w_ih);
-    weight_gradients(call, backward, recurrence[d], input, sums, d, grad_weights);
-  }
-  return {grad_input.view(args.input.sizes()), backward.grad_h0, backward.grad_c0, grad_weights};
+  const at::Tensor grad_input = cuda::backward_layer(call, layer, states, grad_weights);
+  return {grad_input.view(args.input.sizes()), states.h0, states.c0, grad_weights};
 }
 
 }  // namespace fastattn

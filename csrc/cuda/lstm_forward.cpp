@@ -8,30 +8,23 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
-#include "call.h"
+#include "forward.h"
 
 namespace fastattn {
 
-using namespace cuda;
+namespace cuda {
 
-namespace {
-
-struct Results {
-  at::Tensor out, h_n, c_n, gates, cells;
-};
-
-ForwardCells cells_of(const Call& call, const Results& results, const at::Tensor& input_gates, int64_t d) {
+ForwardCells cells_of(const Call& call, const ForwardLayer& layer, int64_t d) {
   const LstmShape& s = call.shape;
-  const Direction& weights = call.directions[static_cast<size_t>(d)];
+  const Direction& weights = layer.weights[d];
   ForwardCells cells{};
-  cells.input_gates = input_gates.const_data_ptr();
   cells.bias_ih = pointer(weights.b_ih);
   cells.bias_hh = pointer(weights.b_hh);
-  cells.out = at_column(results.out, d * s.state);
+  cells.out = at_column(layer.out, d * s.state);
   cells.out_stride = s.directions * s.state;
-  if (results.gates.numel() > 0) {
-    cells.gates = at_column(results.gates, d * 4 * s.units());
-    cells.cells = results.cells.mutable_data_ptr<float>() + d * s.units();
+  if (layer.gates.numel() > 0) {
+    cells.gates = at_column(layer.gates, d * 4 * s.units());
+    cells.cells = layer.cells.mutable_data_ptr<float>() + d * s.units();
   }
   cells.gates_stride = s.directions * 4 * s.units();
   cells.cells_stride = s.directions * s.units();
@@ -39,17 +32,52 @@ ForwardCells cells_of(const Call& call, const Results& results, const at::Tensor
   return cells;
 }
 
-// h_n holds h0 and is the state of the recurrence: a row stays as its last step leaves it.
-void step_by_step(const Call& call, const LstmArgs& args, const Results& results, ForwardCells cells, int64_t d) {
+ForwardLaunch forward_launch(
+    const Call& call, const Plan& plan, const States& states, const Direction* weights, const ForwardCells* cells) {
   const LstmShape& s = call.shape;
-  const Direction& weights = call.directions[static_cast<size_t>(d)];
-  const at::Tensor hidden_gates = at::empty({s.batch, 4 * s.hidden}, args.input.options());
-  const at::Tensor cell_state = at::empty({s.batch, s.hidden}, args.input.options().dtype(at::kFloat));
-  cell_state.copy_(args.c0[d]);
-  const at::Tensor hidden_state = results.h_n[d], out = results.out.narrow(1, d * s.state, s.state);
+  const int64_t parts = states.h0.size(0), state = s.batch * s.hidden;
+  ForwardLaunch launch;
+  launch.args.parts = parts;
+  launch.args.groups = plan.groups;
+  launch.args.unit_blocks = plan.unit_blocks;
+  launch.args.depth = forward_depth(call.type, s.hidden);
+  launch.args.steps = call.steps();
+  const auto options = states.h0.options();
+  launch.exchange = at::zeros({parts, 2, s.batch, launch.args.depth}, options);
+  launch.exchange.narrow(3, 0, s.hidden).copy_(states.h0.unsqueeze(1));
+  launch.cell_state = at::empty({parts, s.batch, s.hidden}, options.dtype(at::kFloat));
+  launch.arrivals = at::zeros({parts, plan.groups}, options.dtype(at::kInt));
+  auto* arrivals = reinterpret_cast<uint32_t*>(launch.arrivals.mutable_data_ptr<int32_t>());
+  for (int64_t i = 0; i < parts; ++i) {
+    ForwardPart& part = launch.args.part[i];
+    part.cells = cells[i];
+    part.weight = weights[i].w_hh.const_data_ptr();
+    part.c0 = at_column(states.c0, i * state);
+    part.h_n = at_column(states.h_n, i * state);
+    part.c_n = at_column(states.c_n, i * state);
+    part.exchange = at_column(launch.exchange, i * 2 * s.batch * launch.args.depth);
+    part.cell_state = launch.cell_state.mutable_data_ptr<float>() + i * state;
+    part.arrivals = arrivals + i * plan.groups;
+    part.end = s.steps;
+  }
+  return launch;
+}
+
+namespace {
+
+// h_n holds h0 and is the state of the recurrence: a row stays as its last step leaves it.
+void step_by_step(const Call& call, const ForwardLayer& layer, ForwardCells cells, int64_t d) {
+  const LstmShape& s = call.shape;
+  const Direction& weights = layer.weights[d];
+  const States& states = layer.states;
+  const auto options = layer.out.options();
+  const at::Tensor hidden_gates = at::empty({s.batch, 4 * s.hidden}, options);
+  const at::Tensor cell_state = at::empty({s.batch, s.hidden}, options.dtype(at::kFloat));
+  cell_state.copy_(states.c0[d]);
+  const at::Tensor hidden_state = states.h_n[d], out = layer.out.narrow(1, d * s.state, s.state);
   at::Tensor unprojected;
   if (s.projection) {
-    unprojected = at::empty({s.rows, s.hidden}, args.input.options());
+    unprojected = at::empty({s.rows, s.hidden}, options);
     cells.out = unprojected.data_ptr();
     cells.out_stride = s.hidden;
   }
@@ -67,72 +95,52 @@ void step_by_step(const Call& call, const LstmArgs& args, const Results& results
       out.narrow(0, first, rows).copy_(state);
     }
   }
-  results.c_n[d].copy_(cell_state);
-}
-
-// Directions `begin` to `begin + count` in one launch.
-void persist(
-    const Call& call, const LstmArgs& args, const Results& results, const Plan& plan, const ForwardCells* cells,
-    int64_t begin, int64_t count) {
-  const LstmShape& s = call.shape;
-  PersistentForward launch{};
-  launch.directions = count;
-  launch.groups = plan.groups;
-  launch.unit_blocks = plan.unit_blocks;
-  launch.depth = forward_depth(call.type, s.hidden);
-  launch.steps = call.steps();
-  const at::Tensor exchange = at::zeros({count, 2, s.batch, launch.depth}, args.input.options());
-  exchange.narrow(3, 0, s.hidden).copy_(args.h0.narrow(0, begin, count).unsqueeze(1));
-  const at::Tensor arrivals = at::zeros({count * plan.groups}, args.input.options().dtype(at::kInt));
-  launch.arrivals = reinterpret_cast<uint32_t*>(arrivals.mutable_data_ptr<int32_t>());
-  const at::Tensor c0 = args.c0.contiguous();
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t d = begin + i;
-    launch.cells[i] = cells[d];
-    launch.weight[i] = call.directions[static_cast<size_t>(d)].w_hh.const_data_ptr();
-    launch.c0[i] = at_column(c0, d * s.batch * s.hidden);
-    launch.h_n[i] = at_column(results.h_n, d * s.batch * s.hidden);
-    launch.c_n[i] = at_column(results.c_n, d * s.batch * s.hidden);
-    launch.reverse[i] = d == 1;
-    launch.exchange[i] = at_column(exchange, i * 2 * s.batch * launch.depth);
-  }
-  persistent_forward(call.type, call.tf32, launch, call.stream);
+  states.c_n[d].copy_(cell_state);
 }
 
 }  // namespace
 
-LstmForward lstm_forward_cuda(const LstmArgs& args, bool save) {
-  const Call call(args);
+void forward_layer(const Call& call, const at::Tensor& input, const ForwardLayer& layer) {
   const LstmShape& s = call.shape;
-  const auto options = args.input.options();
-  Results results;
-  results.out = at::empty({s.rows, s.directions * s.state}, options);
-  results.h_n = at::empty({s.directions, s.batch, s.state}, options);
-  results.h_n.copy_(args.h0);
-  results.c_n = at::empty({s.directions, s.batch, s.hidden}, options);
-  results.gates =
-      save ? at::empty({s.rows, s.directions, 4 * s.units()}, options) : at::empty({0}, options);
-  results.cells = save ? at::empty({s.rows, s.directions, s.units()}, options.dtype(at::kFloat))
-                       : at::empty({0}, options.dtype(at::kFloat));
-
-  const at::Tensor input = args.input.reshape({s.rows, s.inputs});
+  layer.states.h_n.copy_(layer.states.h0);
   at::Tensor input_gates[2];
   ForwardCells cells[2];
   for (int64_t d = 0; d < s.directions; ++d) {
-    input_gates[d] = at::mm(input, call.directions[static_cast<size_t>(d)].w_ih.t());
-    cells[d] = cells_of(call, results, input_gates[d], d);
+    input_gates[d] = at::mm(input, layer.weights[d].w_ih.t());
+    cells[d] = cells_of(call, layer, d);
+    cells[d].input_gates = input_gates[d].const_data_ptr();
   }
-  const Plan plan = forward_plan(call);
-  const int64_t together = plan.side_by_side ? s.directions : 1;
-  for (int64_t d = 0; d < s.directions; d += together) {
-    if (plan.unit_blocks > 0)
-      persist(call, args, results, plan, cells, d, together);
-    else
-      step_by_step(call, args, results, cells[d], d);
+  const Plan plan = forward_plan(call, s.directions);
+  for (int64_t d = 0; d < s.directions; d += plan.together) {
+    if (plan.unit_blocks == 0) {
+      step_by_step(call, layer, cells[d], d);
+      continue;
+    }
+    ForwardLaunch launch =
+        forward_launch(call, plan, layer.states.narrow(d, plan.together), layer.weights + d, cells + d);
+    launch.args.part[plan.together - 1].reverse = d + plan.together == 2;
+    persistent_forward(call.type, call.tf32, launch.args, call.stream);
   }
+}
+
+}  // namespace cuda
+
+LstmForward lstm_forward_cuda(const LstmArgs& args, bool save) {
+  const cuda::Call call(args);
+  const LstmShape& s = call.shape;
+  const auto options = args.input.options();
+  const cuda::States states{
+      args.h0, args.c0.contiguous(), at::empty({s.directions, s.batch, s.state}, options),
+      at::empty({s.directions, s.batch, s.hidden}, options)};
+  const cuda::ForwardLayer layer{
+      call.directions.data(), states, at::empty({s.rows, s.directions * s.state}, options),
+      save ? at::empty({s.rows, s.directions, 4 * s.units()}, options) : at::empty({0}, options),
+      save ? at::empty({s.rows, s.directions, s.units()}, options.dtype(at::kFloat))
+           : at::empty({0}, options.dtype(at::kFloat))};
+  cuda::forward_layer(call, args.input.reshape({s.rows, s.inputs}), layer);
   std::vector<int64_t> sizes(args.input.sizes().begin(), args.input.sizes().end());
   sizes.back() = s.directions * s.state;
-  return {results.out.view(sizes), results.h_n, results.c_n, results.gates, results.cells};
+  return {layer.out.view(sizes), states.h_n, states.c_n, layer.gates, layer.cells};
 }
 
 }  // namespace fastattn

@@ -1,6 +1,7 @@
-// The product at the heart of the persistent kernels, whose recurrent weights stay on the SMs for a whole sequence.
+// The product at the heart of the persistent kernels, whose recurrent weights stay on the SMs for all steps of a launch.
 //
-// One launch computes all steps. A block owns a few units of one direction and loads its rows of W_hh once. At each
+// A launch computes a whole sequence, or a chunk of it. A block owns a few units of one direction, or of one layer of
+// several that run side by side (waves.h), and loads its rows of W_hh once. At each
 // step it multiplies them with the state of every row of its group of the batch, adds the sums of its warps in shared
 // memory, computes its cells, writes their state to global memory, and waits at a barrier until the other blocks of the
 // group have done so. Blocks of different groups never wait for one another; rows that have ended cost nothing.
@@ -151,7 +152,7 @@ FASTATTN_INLINE void multiply(
 
 // Row i of a group is row group + i groups of the batch: rows are sorted by length, so all groups end about together.
 struct Owner {
-  int direction, group, unit_block;
+  int part, group, unit_block;
 };
 
 template <class Args>
@@ -178,6 +179,18 @@ FASTATTN_INLINE int group_steps(const Steps& steps, int group) {
   return begin;
 }
 
+// A group's share of a launch: of its `steps` steps, counted in the order in which it computes them, these.
+struct Turns {
+  int begin, end;
+};
+
+template <class Part>
+FASTATTN_INLINE Turns turns_of(const Part& part, int steps, bool last_step_first) {
+  const int begin = part.begin < steps ? static_cast<int>(part.begin) : steps;
+  const int end = part.end < steps ? static_cast<int>(part.end) : steps;
+  return last_step_first ? Turns{steps - end, steps - begin} : Turns{begin, end};
+}
+
 // A kernel and its shared memory; no kernel where the weights are too many.
 template <class Args>
 struct Launch {
@@ -185,18 +198,19 @@ struct Launch {
   int64_t shared_bytes = 0;
 };
 
-// The layout on the current device.
+// The layout on the current device: as few launches as hold all parts, or more where that leaves each group fewer rows
+// than are too many.
 template <class Args>
-Plan plan_for(const Launch<Args>& launch, int64_t directions, int64_t batch, int64_t unit_blocks) {
-  Plan plan;
+Plan plan_for(const Launch<Args>& launch, int64_t parts, int64_t batch, int64_t unit_blocks) {
   const int64_t at_once = launch.kernel ? blocks_at_once(launch.kernel, kThreads, launch.shared_bytes) : 0;
-  if (unit_blocks > at_once) return plan;
-  plan.side_by_side = directions * unit_blocks <= at_once;
-  const int64_t groups = at_once / (plan.side_by_side ? directions * unit_blocks : unit_blocks);
   const int64_t useful = (batch + 7) / 8;  // the tensor cores take 8 rows at a time
-  plan.groups = groups < useful ? groups : useful;
-  if ((batch + plan.groups - 1) / plan.groups <= kMaxGroupRows) plan.unit_blocks = unit_blocks;
-  return plan;
+  for (int64_t launches = 1; launches <= parts; ++launches) {
+    const int64_t together = (parts + launches - 1) / launches, groups = at_once / (together * unit_blocks);
+    if (together > kMostTogether || groups == 0) continue;
+    const Plan plan{unit_blocks, groups < useful ? groups : useful, together};
+    if ((batch + plan.groups - 1) / plan.groups <= kMaxGroupRows) return plan;
+  }
+  return {};
 }
 
 }  // namespace fastattn::cuda

@@ -1,4 +1,4 @@
-// The backward of a whole sequence in one launch. A block owns 16 units, 16 columns of W_hh: the gradient of their h_t
+// The backward of many steps in one launch. A block owns 16 units, 16 columns of W_hh: the gradient of their h_t
 // is the product with G, the gradient of all 4 H sums of the step after, which the other blocks left in global memory.
 #include "lstm_persistent.cuh"
 
@@ -51,25 +51,30 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
   float* grad_cell = partials + 2 * kPartials;  // a thread's own: no barrier around it
 
   const Owner own = owner(a);
-  const int64_t H = a.cells[0].hidden, width = 4 * a.cells[0].unit_stride, stride = a.groups * width;
-  const bool reverse = a.reverse[own.direction];
-  uint32_t* arrivals = a.arrivals + own.direction * a.groups + own.group;
-  T* grad_gates = static_cast<T*>(a.cells[own.direction].grad_gates) + own.group * width;
+  const BackwardPart& part = a.part[own.part];
+  const int64_t H = a.part[0].cells.hidden, width = 4 * a.part[0].cells.unit_stride, stride = a.groups * width;
+  const bool reverse = part.reverse;
+  uint32_t* arrivals = part.arrivals + own.group;
+  T* grad_gates = static_cast<T*>(part.cells.grad_gates) + own.group * width;
   Weights<EXACT, 1, BLOCKS> weights;
   weights.shared = reinterpret_cast<Vector16*>(grad_cell + kMaxGroupRows * kUnits);
   load_weights(
-      static_cast<const T*>(a.weight[own.direction]), H, static_cast<int>(a.cells[0].unit_stride), own.unit_block,
-      weights);
+      static_cast<const T*>(part.weight), H, static_cast<int>(a.part[0].cells.unit_stride), own.unit_block, weights);
 
   const int unit = threadIdx.x % kUnits, lane_row = threadIdx.x / kUnits;
   const int groups = static_cast<int>(a.groups), j = own.unit_block * kUnits + unit;
+  const int most = group_rows(static_cast<int>(a.steps.batch), own.group, groups);
   const int steps = group_steps(a.steps, own.group);
+  const Turns turns = turns_of(part, steps, !reverse);
+  for (int i = lane_row; i < most && j < H && turns.begin > 0; i += kRows)
+    grad_cell[i * kUnits + unit] = part.grad_cell[(own.group + i * groups) * H + j];
+
   int turn = 0;
-  for (int s = 0; s < steps; ++s) {
+  for (int s = turns.begin; s < turns.end; ++s) {
     // Read the arguments anew at each step: kept over all of them, they would take the registers of weights.
-    uint32_t d = own.direction;
-    opaque(d);
-    const BackwardCells& cells = a.cells[d];
+    uint32_t p = own.part;
+    opaque(p);
+    const BackwardCells& cells = a.part[p].cells;
     // Against the forward's order: `after` is the step done just now, `before` the one whose cells these come from.
     const int t = reverse ? s : steps - 1 - s, after = reverse ? t - 1 : t + 1, before = reverse ? t + 1 : t - 1;
     const int64_t first = first_row(a.steps, t);
@@ -108,12 +113,12 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
           for (int warp = 0; warp < kWarps; ++warp) grad_h += partial[(warp * kUnits + unit) * kPitch + lane_row];
           grad_c = grad_cell[i * kUnits + unit];
         } else {
-          if (a.grad_h_n[d]) grad_h = element<T>(a.grad_h_n[d], b * H + j);
-          if (a.grad_c_n[d]) grad_c = element<T>(a.grad_c_n[d], b * H + j);
+          if (a.part[p].grad_h_n) grad_h = element<T>(a.part[p].grad_h_n, b * H + j);
+          if (a.part[p].grad_c_n) grad_c = element<T>(a.part[p].grad_c_n, b * H + j);
         }
         grad_c = backward_cell<T>(cells, first + b, j, saved, grad_h, grad_c);
         grad_cell[i * kUnits + unit] = grad_c;
-        if (b >= previous_rows) put<T>(a.grad_c0[d], b * H + j, grad_c);
+        if (b >= previous_rows) put<T>(a.part[p].grad_c0, b * H + j, grad_c);
       } else if (i < rows) {
         // The next product reads the padding.
         for (int gate = 0; gate < 4; ++gate)
@@ -122,6 +127,8 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
     }
     if (s + 1 < steps) arrive(arrivals);
   }
+  for (int i = lane_row; i < most && j < H && turns.end < steps; i += kRows)
+    part.grad_cell[(own.group + i * groups) * H + j] = grad_cell[i * kUnits + unit];
 }
 
 template <class T, bool EXACT, int BLOCKS>
@@ -150,14 +157,14 @@ Launch<PersistentBackward> launch_for(Element type, bool tf32, int64_t hidden) {
 
 }  // namespace
 
-Plan plan_backward(Element type, bool tf32, int64_t directions, int64_t batch, int64_t hidden) {
-  return plan_for(launch_for(type, tf32, hidden), directions, batch, (hidden + kUnits - 1) / kUnits);
+Plan plan_backward(Element type, bool tf32, int64_t parts, int64_t batch, int64_t hidden) {
+  return plan_for(launch_for(type, tf32, hidden), parts, batch, (hidden + kUnits - 1) / kUnits);
 }
 
 void persistent_backward(Element type, bool tf32, const PersistentBackward& args, void* stream) {
-  const auto launch = launch_for(type, tf32, args.cells[0].hidden);
+  const auto launch = launch_for(type, tf32, args.part[0].cells.hidden);
   launch_together(
-      launch.kernel, args.directions * args.groups * args.unit_blocks, kThreads, launch.shared_bytes, args, stream);
+      launch.kernel, args.parts * args.groups * args.unit_blocks, kThreads, launch.shared_bytes, args, stream);
 }
 
 }  // namespace fastattn::cuda

@@ -1,4 +1,4 @@
-// The forward of a whole sequence in one launch. A block owns 8 units: 32 rows of W_hh, in the two tiles (i, f) and
+// The forward of many steps in one launch. A block owns 8 units: 32 rows of W_hh, in the two tiles (i, f) and
 // (g, o), so that one lane gets the four gates of a unit.
 #include "lstm_persistent.cuh"
 
@@ -63,28 +63,32 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   auto* cell_state = reinterpret_cast<float*>(partials + 2 * kPartials);  // a thread's own: no barrier around it
 
   const Owner own = owner(a);
-  const int64_t H = a.cells[0].hidden, stride = a.groups * a.depth;
-  const bool reverse = a.reverse[own.direction];
-  uint32_t* arrivals = a.arrivals + own.direction * a.groups + own.group;
-  T* exchange = static_cast<T*>(a.exchange[own.direction]) + own.group * a.depth;
+  const ForwardPart& part = a.part[own.part];
+  const int64_t H = a.part[0].cells.hidden, stride = a.groups * a.depth;
+  const bool reverse = part.reverse;
+  uint32_t* arrivals = part.arrivals + own.group;
+  T* exchange = static_cast<T*>(part.exchange) + own.group * a.depth;
   Weights<EXACT, 2, BLOCKS> weights;
   weights.shared = reinterpret_cast<Vector16*>(cell_state + kMaxGroupRows * kUnits);
-  load_weights(static_cast<const T*>(a.weight[own.direction]), H, own.unit_block, weights);
+  load_weights(static_cast<const T*>(part.weight), H, own.unit_block, weights);
 
   const int unit = threadIdx.x % kUnits, lane_row = threadIdx.x / kUnits;
   const int groups = static_cast<int>(a.groups), j = own.unit_block * kUnits + unit;
-  const Gates<float> bias = j < H ? bias_sums<T>(a.cells[own.direction], j) : Gates<float>{};
+  const Gates<float> bias = j < H ? bias_sums<T>(part.cells, j) : Gates<float>{};
   const int most = group_rows(static_cast<int>(a.steps.batch), own.group, groups);
-  for (int i = lane_row; i < most && j < H; i += kRows)
-    cell_state[i * kUnits + unit] = element<T>(a.c0[own.direction], (own.group + i * groups) * H + j);
-
   const int steps = group_steps(a.steps, own.group);
+  const Turns turns = turns_of(part, steps, reverse);
+  for (int i = lane_row; i < most && j < H; i += kRows) {
+    const int64_t at = (own.group + i * groups) * H + j;
+    cell_state[i * kUnits + unit] = turns.begin > 0 ? part.cell_state[at] : element<T>(part.c0, at);
+  }
+
   int turn = 0;
-  for (int s = 0; s < steps; ++s) {
+  for (int s = turns.begin; s < turns.end; ++s) {
     // Read the arguments anew at each step: kept over all of them, they would take the registers of weights.
-    uint32_t d = own.direction;
-    opaque(d);
-    const ForwardCells& cells = a.cells[d];
+    uint32_t p = own.part;
+    opaque(p);
+    const ForwardCells& cells = a.part[p].cells;
     const int t = reverse ? steps - 1 - s : s;
     const int64_t first = first_row(a.steps, t);
     const int rows = group_rows(rows_of(a.steps, t), own.group, groups);
@@ -119,12 +123,14 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
       cell_state[i * kUnits + unit] = c;
       put<T>(next, i * stride + j, h);
       if (b >= after || (reverse && t == 0)) {
-        put<T>(a.h_n[d], b * H + j, h);
-        put<T>(a.c_n[d], b * H + j, c);
+        put<T>(a.part[p].h_n, b * H + j, h);
+        put<T>(a.part[p].c_n, b * H + j, c);
       }
     }
     if (s + 1 < steps) arrive(arrivals);
   }
+  for (int i = lane_row; i < most && j < H && turns.end < steps; i += kRows)
+    part.cell_state[(own.group + i * groups) * H + j] = cell_state[i * kUnits + unit];
 }
 
 template <class T, bool EXACT, int BLOCKS>
@@ -159,14 +165,14 @@ int64_t forward_depth(Element type, int64_t hidden) {
   return (hidden + depth - 1) / depth * depth;
 }
 
-Plan plan_forward(Element type, bool tf32, int64_t directions, int64_t batch, int64_t hidden) {
-  return plan_for(launch_for(type, tf32, hidden), directions, batch, (hidden + kUnits - 1) / kUnits);
+Plan plan_forward(Element type, bool tf32, int64_t parts, int64_t batch, int64_t hidden) {
+  return plan_for(launch_for(type, tf32, hidden), parts, batch, (hidden + kUnits - 1) / kUnits);
 }
 
 void persistent_forward(Element type, bool tf32, const PersistentForward& args, void* stream) {
-  const auto launch = launch_for(type, tf32, args.cells[0].hidden);
+  const auto launch = launch_for(type, tf32, args.part[0].cells.hidden);
   launch_together(
-      launch.kernel, args.directions * args.groups * args.unit_blocks, kThreads, launch.shared_bytes, args, stream);
+      launch.kernel, args.parts * args.groups * args.unit_blocks, kThreads, launch.shared_bytes, args, stream);
 }
 
 }  // namespace fastattn::cuda

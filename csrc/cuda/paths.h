@@ -1,4 +1,4 @@
-// Which of its two paths the CUDA LSTM takes: the persistent kernels, or step by step.
+// Which of its paths the CUDA LSTM takes: the persistent kernels, or step by step; layers side by side, or in turn.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,8 +10,15 @@ namespace fastattn::cuda {
 // Tests and benchmarks compare the two paths: false leaves the persistent kernels unused.
 void allow_persistent(bool allowed);
 
+// Likewise for layers side by side and in turn: the most steps of a chunk (waves.h). No sequence is cut that is shorter.
+void set_chunk_steps(int64_t steps);
+
 // Whether the forward and the backward of a call of this size on the current device are one persistent kernel.
 std::pair<bool, bool> persistent(
     at::ScalarType type, int64_t directions, int64_t batch, int64_t hidden, bool projection);
+
+// How many layers of a stack the forward and the backward compute side by side; 1: one after the other.
+std::pair<int64_t, int64_t> layers_together(
+    at::ScalarType type, int64_t layers, int64_t steps, int64_t batch, int64_t hidden);
 
 }  // namespace fastattn::cuda
