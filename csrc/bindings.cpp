@@ -118,6 +118,18 @@ fastattn::LstmBackward lstm_backward_cuda(
   return fastattn::lstm_backward_cuda(  // all gradients, whatever is wanted
       {grad_out, grad_h_n, grad_c_n}, {input, batch_sizes, h0, c0, std::move(weights)}, out, gates, cells);
 }
+
+fastattn::LstmLayersForward lstm_layers_forward_cuda(
+    at::Tensor input, Optional batch_sizes, at::Tensor h0, at::Tensor c0, Tensors weights, bool save) {
+  return fastattn::lstm_layers_forward_cuda({input, batch_sizes, h0, c0, std::move(weights)}, save);
+}
+
+fastattn::LstmBackward lstm_layers_backward_cuda(
+    Optional grad_out, Optional grad_h_n, Optional grad_c_n, at::Tensor input, Optional batch_sizes, at::Tensor h0,
+    at::Tensor c0, Tensors weights, at::Tensor out, at::Tensor gates, at::Tensor cells, at::Tensor states) {
+  return fastattn::lstm_layers_backward_cuda(
+      {grad_out, grad_h_n, grad_c_n}, {input, batch_sizes, h0, c0, std::move(weights)}, out, gates, cells, states);
+}
 #endif
 
 }  // namespace
@@ -147,9 +159,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #ifdef FASTATTN_CUDA
   m.def("lstm_forward_cuda", &lstm_forward_cuda, Plain());
   backward("lstm_backward_cuda", &lstm_backward_cuda);
+  m.def("lstm_layers_forward_cuda", &lstm_layers_forward_cuda, Plain());
+  m.def("lstm_layers_backward_cuda", &lstm_layers_backward_cuda, Plain());
   m.def("layer_norm_lstm_forward_cuda", &layer_norm_lstm_forward_cuda, Plain());
   m.def("layer_norm_lstm_backward_cuda", &layer_norm_lstm_backward_cuda, Plain());
   m.def("lstm_cuda_allow_persistent", &fastattn::cuda::allow_persistent);
   m.def("lstm_cuda_persistent", &fastattn::cuda::persistent);
+  m.def("lstm_cuda_chunk_steps", &fastattn::cuda::set_chunk_steps);
+  m.def("lstm_cuda_layers_together", &fastattn::cuda::layers_together);
 #endif
 }

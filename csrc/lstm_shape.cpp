@@ -49,8 +49,8 @@ void set_steps(LstmShape& shape, const LstmArgs& args) {
       shape.first.back());
 }
 
-// All but the weights, where h0's first size, `parts`, has been found to be right.
-LstmShape sizes_of(const LstmArgs& args, int64_t parts) {
+// Of one layer in its directions, or of a stack of layers in one.
+LstmShape shape_of(const LstmArgs& args, bool stacked) {
   const at::Tensor& input = args.input;
   LstmShape shape{};
   shape.packed = args.batch_sizes.has_value();
@@ -62,7 +62,14 @@ LstmShape sizes_of(const LstmArgs& args, int64_t parts) {
       type == at::kFloat || type == at::kHalf || type == at::kBFloat16, "input: got dtype ", type,
       ", expected float32, float16 or bfloat16");
   TORCH_CHECK_VALUE(input.layout() == at::kStrided, "input: got a ", input.layout(), " tensor, expected a strided one");
-  shape.directions = shape.layers = 1;
+  TORCH_CHECK_VALUE(
+      args.h0.dim() == 3 && args.h0.size(0) >= 1 && (stacked || args.h0.size(0) <= 2), "h0: got shape ",
+      args.h0.sizes(), ", expected ", stacked ? "(L, B, H), L at least 1" : "(D, B, P), D 1 or 2");
+  TORCH_CHECK_VALUE(
+      args.c0.dim() == 3, "c0: got shape ", args.c0.sizes(), ", expected ", stacked ? "(L, B, H)" : "(D, B, H)");
+  const int64_t parts = args.h0.size(0);
+  shape.directions = stacked ? 1 : parts;
+  shape.layers = stacked ? parts : 1;
   shape.batch = args.h0.size(1);
   shape.state = args.h0.size(2);
   shape.hidden = args.c0.size(2);
@@ -74,44 +81,43 @@ LstmShape sizes_of(const LstmArgs& args, int64_t parts) {
   check("h0", args.h0, {parts, shape.batch, shape.state}, input);
   check("c0", args.c0, {parts, shape.batch, shape.hidden}, input);
   set_steps(shape, args);
-  return shape;
-}
 
-// `each` weights of every direction or, above the first layer, of a layer that reads the states of the one below.
-void check_weights(LstmShape& shape, const LstmArgs& args, int64_t each) {
+  const int64_t count = static_cast<int64_t>(args.weights.size());
+  const int64_t each = count / parts;
+  TORCH_CHECK_VALUE(
+      count % parts == 0 && each >= 2 && each <= 5 && !(stacked && each % 2 == 1), "weights: got ", count,
+      " tensors for ", parts, stacked ? " layers, expected 2 or 4" : " directions, expected 2, 3, 4 or 5", " for each");
   shape.biases = each >= 4;
   shape.projection = each % 2 == 1;
   TORCH_CHECK_VALUE(
       shape.projection || shape.state == shape.hidden, "h0: got ", shape.state, " features, expected c0's ",
       shape.hidden, ", for there is no projection");
   const int64_t gates = 4 * shape.hidden;
-  for (int64_t part = 0; part < shape.directions * shape.layers; ++part) {
+  for (int64_t part = 0; part < parts; ++part) {
     const at::Tensor* weight = args.weights.data() + part * each;
     const std::string where = "weights[" + std::to_string(part * each) + " + ";
-    check(where + "0]", *weight++, {gates, part < shape.directions ? shape.inputs : shape.state}, args.input);
-    check(where + "1]", *weight++, {gates, shape.state}, args.input);
+    check(where + "0]", *weight++, {gates, stacked && part > 0 ? shape.hidden : shape.inputs}, input);
+    check(where + "1]", *weight++, {gates, shape.state}, input);
     if (shape.biases) {
-      check(where + "2]", *weight++, {gates}, args.input);
-      check(where + "3]", *weight++, {gates}, args.input);
+      check(where + "2]", *weight++, {gates}, input);
+      check(where + "3]", *weight++, {gates}, input);
     }
     if (shape.projection)
-      check(where + std::to_string(each - 1) + "]", *weight, {shape.state, shape.hidden}, args.input);
+      check(where + std::to_string(each - 1) + "]", *weight, {shape.state, shape.hidden}, input);
   }
+  return shape;
 }
 
-void check_gradients(const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out) {
+// What the backward of one layer and of a stack gets; gates are (first, second, 4 Hr), cells (first, second, Hr).
+void check_backward(
+    const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out,
+    const at::Tensor& gates, const at::Tensor& cells, int64_t first, int64_t second) {
   std::vector<int64_t> out_sizes(args.input.sizes().begin(), args.input.sizes().end());
   out_sizes.back() = shape.directions * shape.state;
   check("out", out, out_sizes, args.input);
   if (grad.out) check("grad_out", *grad.out, out_sizes, args.input);
   if (grad.h_n) check("grad_h_n", *grad.h_n, args.h0.sizes(), args.input);
   if (grad.c_n) check("grad_c_n", *grad.c_n, args.c0.sizes(), args.input);
-}
-
-// gates (first, second, 4 Hr) and cells (first, second, Hr).
-void check_saved(
-    const LstmShape& shape, const LstmArgs& args, const at::Tensor& gates, const at::Tensor& cells, int64_t first,
-    int64_t second) {
   check("gates", gates, {first, second, 4 * shape.units()}, args.input);
   TORCH_CHECK_VALUE(
       cells.scalar_type() == at::kFloat && cells.sizes() == at::IntArrayRef({first, second, shape.units()}) &&
@@ -123,49 +129,20 @@ void check_saved(
 
 }  // namespace
 
-LstmShape lstm_shape(const LstmArgs& args) {
-  TORCH_CHECK_VALUE(
-      args.h0.dim() == 3 && args.h0.size(0) >= 1 && args.h0.size(0) <= 2, "h0: got shape ", args.h0.sizes(),
-      ", expected (D, B, P), D 1 or 2");
-  TORCH_CHECK_VALUE(args.c0.dim() == 3, "c0: got shape ", args.c0.sizes(), ", expected (D, B, H)");
-  const int64_t directions = args.h0.size(0);
-  LstmShape shape = sizes_of(args, directions);
-  shape.directions = directions;
-  const int64_t count = static_cast<int64_t>(args.weights.size()), each = count / directions;
-  TORCH_CHECK_VALUE(
-      count % directions == 0 && each >= 2 && each <= 5, "weights: got ", count, " tensors for ", directions,
-      " directions, expected 2, 3, 4 or 5 for each");
-  check_weights(shape, args, each);
-  return shape;
-}
+LstmShape lstm_shape(const LstmArgs& args) { return shape_of(args, false); }
 
-LstmShape lstm_layers_shape(const LstmArgs& args) {
-  TORCH_CHECK_VALUE(
-      args.h0.dim() == 3 && args.h0.size(0) >= 1, "h0: got shape ", args.h0.sizes(), ", expected (L, B, H), L >= 1");
-  TORCH_CHECK_VALUE(args.c0.dim() == 3, "c0: got shape ", args.c0.sizes(), ", expected (L, B, H)");
-  const int64_t layers = args.h0.size(0);
-  LstmShape shape = sizes_of(args, layers);
-  shape.layers = layers;
-  const int64_t count = static_cast<int64_t>(args.weights.size()), each = count / layers;
-  TORCH_CHECK_VALUE(
-      count % layers == 0 && (each == 2 || each == 4), "weights: got ", count, " tensors for ", layers,
-      " layers, expected 2 or 4 for each");
-  check_weights(shape, args, each);
-  return shape;
-}
+LstmShape lstm_layers_shape(const LstmArgs& args) { return shape_of(args, true); }
 
 void check_lstm_backward(
     const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out,
     const at::Tensor& gates, const at::Tensor& cells) {
-  check_gradients(shape, grad, args, out);
-  check_saved(shape, args, gates, cells, shape.rows, shape.directions);
+  check_backward(shape, grad, args, out, gates, cells, shape.rows, shape.directions);
 }
 
 void check_lstm_layers_backward(
     const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out,
     const at::Tensor& gates, const at::Tensor& cells, const at::Tensor& states) {
-  check_gradients(shape, grad, args, out);
-  check_saved(shape, args, gates, cells, shape.layers, shape.rows);
+  check_backward(shape, grad, args, out, gates, cells, shape.layers, shape.rows);
   check("states", states, {shape.layers - 1, shape.rows, shape.hidden}, args.input);
 }
 

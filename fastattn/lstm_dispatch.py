@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fastattn import transforms
@@ -76,6 +78,37 @@ def explain(device_type: str, dtype: torch.dtype) -> Explanation:
         if name is not chosen
     }
     return Explanation(chosen, because, skipped)
+
+
+# Layers of a stack on CUDA -----------------------------------------------------------------------------------
+
+
+def why_in_turn(layers: int, bidirectional: bool, projection: int, dropout: float) -> str | None:
+    """The reason why the layers of our CUDA kernels run one after another, whatever their sizes; None: those decide."""
+    if layers == 1:
+        return "there is one"
+    if bidirectional:
+        return "each reads both ends of the one below"
+    if projection:
+        return "projections run step by step"
+    if dropout > 0.0:
+        return "dropout stands between them"
+    return None
+
+
+def with_layers(
+    explanation: Explanation, why_in_turn: str | None, dtype: torch.dtype, sizes: tuple[int, int, int, int]
+) -> Explanation:
+    """``explanation`` with how our CUDA kernels run several layers; ``sizes`` are layers, steps, batch and units."""
+    forward = backward = 1
+    if why_in_turn is None:
+        forward, backward = extension.layers_together(dtype, *sizes)
+        why_in_turn = "too few steps to cut, or no two fit on this device"
+    if forward == backward == 1:
+        how = f"layers one after another: {why_in_turn}"
+    else:
+        how = f"layers side by side, {forward} of {sizes[0]} in the forward and {backward} in the backward"
+    return replace(explanation, because=f"{explanation.because}; {how}")
 
 
 def _not_preferred(name: Backend, chosen: Backend) -> str:

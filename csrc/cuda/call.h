@@ -37,8 +37,8 @@ struct Call {
   at::Tensor at_last_steps(const at::Tensor& rows) const;
 };
 
-// How the persistent kernels do so many parts of a call, directions or layers; without unit_blocks where they may not or
-// cannot.
+// How the persistent kernels do so many parts of a call, directions or layers; without unit_blocks where they may not
+// or cannot.
 Plan forward_plan(const Call& call, int64_t parts);
 Plan backward_plan(const Call& call, int64_t parts);
 

@@ -95,8 +95,8 @@ namespace {
 
 at::Tensor dense(const std::optional<at::Tensor>& tensor) { return tensor ? tensor->contiguous() : at::Tensor(); }
 
-// The gradients of h0 and c0 hold those of h_n and c_n and are the state of the recurrence. Rows join at their last step
-// and stay as their first step leaves them.
+// The gradients of h0 and c0 hold those of h_n and c_n and are the state of the recurrence. Rows join at their last
+// step and stay as their first step leaves them.
 void step_by_step(
     const Call& call, const BackwardLayer& layer, const GradStates& grad, Recurrence& recurrence, int64_t d) {
   const LstmShape& s = call.shape;
@@ -196,7 +196,8 @@ GradStates grad_states(const Call& call, const LstmGradients& grad, const at::Te
 }
 
 at::Tensor as_rows(const Call& call, const std::optional<at::Tensor>& tensor) {
-  return tensor ? tensor->reshape({call.shape.rows, call.shape.directions * call.shape.state}).contiguous() : at::Tensor();
+  const LstmShape& s = call.shape;
+  return tensor ? tensor->reshape({s.rows, s.directions * s.state}).contiguous() : at::Tensor();
 }
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
-// The backward of a stack of layers on CUDA: side by side where several fit on the device and the sequence is long enough
-// to be cut (waves.h), else one after the other. The products for the gradients of weights are those of one layer.
+// The backward of a stack of layers on CUDA: side by side where several fit on the device and the sequence is long
+// enough to be cut (waves.h), else one after the other. The gradient of a weight is one product either way.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 

@@ -1,5 +1,5 @@
-// The forward of a stack of layers on CUDA: side by side where several fit on the device and the sequence is long enough
-// to be cut (waves.h), else one after the other.
+// The forward of a stack of layers on CUDA: side by side where several fit on the device and the sequence is long
+// enough to be cut (waves.h), else one after the other.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
@@ -17,7 +17,7 @@ void side_by_side(
   const LstmShape& s = call.shape;
   const int64_t count = states.h0.size(0);
   const Waves waves = waves_of(call, count);
-  const int64_t most_rows = s.first[static_cast<size_t>(waves.chunk_steps())];  // of a chunk: none has more than the first
+  const int64_t most_rows = s.first[static_cast<size_t>(waves.chunk_steps())];  // no chunk has more than the first
   const at::Tensor input_gates = at::empty({count, most_rows, 4 * s.hidden}, input.options());
   ForwardCells cells[kMostTogether];
   for (int64_t l = 0; l < count; ++l) cells[l] = cells_of(call, layers[l], 0);

@@ -1,10 +1,10 @@
-// The product at the heart of the persistent kernels, whose recurrent weights stay on the SMs for all steps of a launch.
+// The product at the heart of the persistent kernels, whose recurrent weights stay on the SMs for a whole launch.
 //
-// A launch computes a whole sequence, or a chunk of it. A block owns a few units of one direction, or of one layer of
-// several that run side by side (waves.h), and loads its rows of W_hh once. At each
-// step it multiplies them with the state of every row of its group of the batch, adds the sums of its warps in shared
-// memory, computes its cells, writes their state to global memory, and waits at a barrier until the other blocks of the
-// group have done so. Blocks of different groups never wait for one another; rows that have ended cost nothing.
+// One launch computes all steps, or where layers run side by side (waves.h) a chunk of them. A block owns a few units
+// of one direction or layer and loads its rows of W_hh once. At each step it multiplies them with the state of every
+// row of its group of the batch, adds the sums of its warps in shared memory, computes its cells, writes their state to
+// global memory, and waits at a barrier until the other blocks of the group have done so. Blocks of different groups
+// never wait for one another; rows that have ended cost nothing.
 //
 // The product is W (units, depth) state^T (depth, rows) in tiles of 16 x 8 of the tensor cores. The warps share the
 // depth: warp w has the blocks w, w + 8, ... of 64 bytes of each row, so that each state is loaded once per block.

@@ -10,7 +10,7 @@ namespace fastattn::cuda {
 // Tests and benchmarks compare the two paths: false leaves the persistent kernels unused.
 void allow_persistent(bool allowed);
 
-// Likewise for layers side by side and in turn: the most steps of a chunk (waves.h). No sequence is cut that is shorter.
+// Likewise layers side by side and in turn: the most steps of a chunk (waves.h). What is no longer is not cut.
 void set_chunk_steps(int64_t steps);
 
 // Whether the forward and the backward of a call of this size on the current device are one persistent kernel.

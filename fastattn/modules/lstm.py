@@ -110,8 +110,18 @@ class LSTM(RNNBase):
         Takes the arguments of ``forward`` and raises its errors; computes nothing.
         """
         weights = self._weights()
-        data, *_, dtype = self._arguments(input, hx, weights)
-        return lstm_dispatch.explain(data.device.type, dtype or data.dtype)
+        data, batch_sizes, h0, _, dtype = self._arguments(input, hx, weights)
+        explanation = lstm_dispatch.explain(data.device.type, dtype or data.dtype)
+        if explanation.backend is not Backend.CUDA or self.num_layers == 1:
+            return explanation
+        steps = data.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+        sizes = (self.num_layers, steps, h0.shape[1], self.hidden_size)
+        return lstm_dispatch.with_layers(explanation, self._why_in_turn(), dtype or data.dtype, sizes)
+
+    def _why_in_turn(self) -> str | None:
+        """The reason why layers on CUDA run one after another, whatever their sizes; None: those decide."""
+        dropout = self.dropout if self.training else 0.0
+        return lstm_dispatch.why_in_turn(self.num_layers, self.bidirectional, self.proj_size, dropout)
 
     def _weights(self) -> list[Tensor]:
         """The weights as they are now: a parametrized one is computed, and read once for that reason."""
@@ -235,6 +245,8 @@ class LSTM(RNNBase):
         dropout = self.dropout if self.training else 0.0
         if backend is Backend.TORCH and (self.num_layers == 1 or dropout == 0.0):
             return kernels.torch_layers(self.num_layers, data, batch_sizes, h0, c0, weights)
+        if backend is Backend.CUDA and self._why_in_turn() is None:
+            return kernels.lstm_layers(backend.value, data, batch_sizes, h0, c0, weights)
         directions, per_layer = h0.shape[0] // self.num_layers, len(weights) // self.num_layers
         states = []
         for layer in range(self.num_layers):

@@ -81,7 +81,8 @@ TORCH_LIBRARY(fastattn_emulated, m) {
       "-> (Tensor, Tensor, Tensor, Tensor[])",
       layers_backward);
   m.def("chunk_steps(int steps) -> ()", fastattn::cuda::set_chunk_steps);
-  m.def("layers_together(ScalarType type, int layers, int steps, int batch, int hidden) -> (int, int)", layers_together);
+  m.def(
+      "layers_together(ScalarType type, int layers, int steps, int batch, int hidden) -> (int, int)", layers_together);
   m.def("launches() -> int", launches);
   m.def("device(int blocks_at_once, int schedule) -> ()", device);
 }

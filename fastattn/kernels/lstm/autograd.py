@@ -1,4 +1,5 @@
-"""The derivatives of the LSTM layer, for the operator and for eager calls that go around the dispatcher.
+"""The derivatives of an LSTM layer and of a stack of them, for the operators and for eager calls that go around the
+dispatcher.
 
 A derivative of these derivatives is taken by the eager definition: see ``second_derivative``.
 """
@@ -28,27 +29,30 @@ _RESULTS = 3
 def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep what ``vjp`` needs."""
     input, batch_sizes, h0, c0, weights, _, ctx.backend = inputs
-    out, _, _, gates, cells = output
-    ctx.mark_non_differentiable(gates, cells)
+    out, _, _, *saved = output
+    ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(batch_sizes, out, gates, cells, input, h0, c0, *weights)
+    ctx.weights = len(weights)
+    ctx.save_for_backward(batch_sizes, input, h0, c0, *weights, out, *saved)
 
 
-def vjp(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    """Gradients of the inputs of ``lstm_layer``."""
-    batch_sizes, out, gates, cells, input, h0, c0, *weights = ctx.saved_tensors
+def vjp(ctx: Any, *grads: Any, stacked: bool = False) -> tuple[Any, ...]:
+    """Gradients of the inputs of ``lstm_layer``, or of ``lstm_layers`` where ``stacked``."""
+    batch_sizes, input, h0, c0, *rest = ctx.saved_tensors
+    weights, (out, *saved) = rest[: ctx.weights], rest[ctx.weights :]
     wanted = grads[:_RESULTS]
     if definition.asked_for(*wanted):
         needs = ctx.needs_input_grad
         many = needs[4] if isinstance(needs[4], Sequence) else (needs[4],) * len(weights)
         dinput, dh0, dc0, *dweights = _by_definition(
-            (input, h0, c0, *weights), (needs[0], needs[2], needs[3], *many), batch_sizes, 1, wanted
+            (input, h0, c0, *weights), (needs[0], needs[2], needs[3], *many), batch_sizes, _layers(h0, stacked), wanted
         )
         return dinput, None, dh0, dc0, dweights, None, None
-    if gates.shape[0] == 0 and ctx.backend != "torch":
-        out, _, _, gates, cells = torch.ops.fastattn.lstm_layer(input, batch_sizes, h0, c0, weights, True, ctx.backend)
-    dinput, dh0, dc0, dweights = torch.ops.fastattn.lstm_layer_backward(
-        *wanted, input, batch_sizes, h0, c0, weights, out, gates, cells, ctx.backend
+    forward, backward = _operators(stacked)
+    if saved[0].shape[0] == 0 and ctx.backend != "torch":
+        out, _, _, *saved = forward(input, batch_sizes, h0, c0, weights, True, ctx.backend)
+    dinput, dh0, dc0, dweights = backward(
+        *wanted, input, batch_sizes, h0, c0, weights, out, *saved, ctx.backend
     )
     return dinput, None, dh0, dc0, dweights, None, None
 
@@ -56,27 +60,33 @@ def vjp(ctx: Any, *grads: Any) -> tuple[Any, ...]:
 # Eager calls -------------------------------------------------------------------------------------------------
 
 
-class _ExtensionLayer(torch.autograd.Function):
-    """One layer of the extension."""
+class _Extension(torch.autograd.Function):
+    """A layer of the extension, or a stack of them."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, *inputs: Any) -> Results:
+    def forward(ctx: Any, kernels: tuple[str, bool], *inputs: Any) -> Results:
+        ctx.backend, ctx.stacked = kernels
         input, batch_sizes, h0, c0, *weights = inputs
-        out, h_n, c_n, gates, cells = extension.forward[backend](input, batch_sizes, h0, c0, weights, True)
-        ctx.backend = backend
+        of_kind = extension.layers_forward if ctx.stacked else extension.forward
+        out, h_n, c_n, *saved = of_kind[ctx.backend](input, batch_sizes, h0, c0, weights, True)
+        ctx.weights = len(weights)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, out, gates, cells, input, h0, c0, *weights)
+        ctx.save_for_backward(batch_sizes, input, h0, c0, *weights, out, *saved)
         return out, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        batch_sizes, out, gates, cells, input, h0, c0, *weights = ctx.saved_tensors
-        needed, saved = _needed(ctx.needs_input_grad), (out, gates, cells)
-        found = past_extension(ctx.backend, (input, h0, c0, *weights), needed, batch_sizes, saved, grads)
+        batch_sizes, input, h0, c0, *rest = ctx.saved_tensors
+        needed, weights, saved = _needed(ctx.needs_input_grad), rest[: ctx.weights], rest[ctx.weights :]
+        found = past_extension(
+            ctx.backend, (input, h0, c0, *weights), needed, batch_sizes, saved, grads, stacked=ctx.stacked
+        )
         if found is None:
-            *found, dweights = extension.backward[ctx.backend](
-                *grads, input, batch_sizes, h0, c0, weights, *saved, needed[0], any(needed[3:])
-            )
+            given = (*grads, input, batch_sizes, h0, c0, weights, *saved)
+            if ctx.stacked:
+                *found, dweights = extension.layers_backward[ctx.backend](*given)
+            else:
+                *found, dweights = extension.backward[ctx.backend](*given, needed[0], any(needed[3:]))
             found += dweights
         dinput, dh0, dc0, *dweights = found
         return None, dinput, None, dh0, dc0, *dweights
@@ -111,10 +121,14 @@ class _TorchLayers(torch.autograd.Function):
         return None, dinput, None, dh0, dc0, *dweights
 
 
-# (backend, input, batch_sizes, h0, c0, *weights), backend "cpu" or "cuda".
-extension_layer: Callable[..., Results] = _ExtensionLayer.apply
 # (layers, input, batch_sizes, h0, c0, *weights), without dropout between the layers.
 torch_layers: Callable[..., Results] = _TorchLayers.apply
+_extension: Callable[..., Results] = _Extension.apply
+
+
+def extension_layer(backend: str, *inputs: Any, stacked: bool = False) -> Results:
+    """A layer of ``inputs`` (input, batch_sizes, h0, c0, *weights), backend "cpu" or "cuda"; or a stack, "cuda"."""
+    return _extension((backend, stacked), *inputs)
 
 
 def _graph(layers: int, batch_sizes: Tensor | None, tensors: Sequence[Tensor], needed: Sequence[bool]) -> Any:
@@ -130,24 +144,33 @@ def _needed(needs_input_grad: tuple[bool, ...]) -> tuple[bool, ...]:
 
 def past_extension(
     backend: str, tensors: Sequence[Tensor], needed: Sequence[bool], batch_sizes: Tensor | None,
-    saved: Sequence[Tensor], grads: Sequence[Tensor | None], traced: bool = False,
+    saved: Sequence[Tensor], grads: Sequence[Tensor | None], traced: bool = False, stacked: bool = False,
 ) -> Sequence[Tensor | None] | None:  # fmt: skip
-    """Gradients of one layer's (input, h0, c0, *weights) where the extension may not be called itself; None: it may.
+    """Gradients of (input, h0, c0, *weights) where the extension may not be called itself; None: it may.
 
-    ``saved`` are the forward's out, gates and cells; ``traced`` says that somebody looks on whom no gradient shows.
+    ``saved`` are the forward's out and what it kept; ``traced`` says that somebody looks on whom no gradient shows;
+    ``stacked`` that it was a stack of layers, not one.
     """
     given = [grad for grad in grads if grad is not None]
     if not given:
         return [None] * len(tensors)
     if definition.asked_for(*given):
-        return _by_definition(tensors, needed, batch_sizes, 1, grads)
+        return _by_definition(tensors, needed, batch_sizes, _layers(tensors[1], stacked), grads)
     if not traced and not onlookers.present(*given):
         return None
     input, h0, c0, *weights = tensors
-    *found, dweights = torch.ops.fastattn.lstm_layer_backward(
-        *grads, input, batch_sizes, h0, c0, weights, *saved, backend
-    )
+    *found, dweights = _operators(stacked)[1](*grads, input, batch_sizes, h0, c0, weights, *saved, backend)
     return [*found, *dweights]
+
+
+def _operators(stacked: bool) -> tuple[Any, Any]:
+    """Forward and backward of one layer, or of a stack."""
+    ops = torch.ops.fastattn
+    return (ops.lstm_layers, ops.lstm_layers_backward) if stacked else (ops.lstm_layer, ops.lstm_layer_backward)
+
+
+def _layers(h0: Tensor, stacked: bool) -> int:
+    return h0.shape[0] if stacked else 1
 
 
 def _by_definition(

@@ -27,6 +27,13 @@ VERIFIED: frozenset[tuple[int, int]] = frozenset()
 _NAMES = {"cpu": ("lstm_forward", "lstm_backward"), "cuda": ("lstm_forward_cuda", "lstm_backward_cuda")}
 forward: dict[str, Any] = {name: getattr(_extension, names[0], None) for name, names in _NAMES.items()}
 backward: dict[str, Any] = {name: getattr(_extension, names[1], None) for name, names in _NAMES.items()}
+# Of a stack of layers in one direction without projections: (input, batch_sizes, h0, c0, weights, save) -> out, h_n,
+# c_n, gates, cells, states; (grad_out, grad_h_n, grad_c_n, input, batch_sizes, h0, c0, weights, out, gates, cells,
+# states) -> gradients of input, h0, c0 and weights.
+layers_forward: dict[str, Any] = {"cuda": getattr(_extension, "lstm_layers_forward_cuda", None)}
+layers_backward: dict[str, Any] = {"cuda": getattr(_extension, "lstm_layers_backward_cuda", None)}
+# (dtype, layers, steps, batch, hidden) -> how many layers run side by side, in the forward and in the backward.
+layers_together: Any = getattr(_extension, "lstm_cuda_layers_together", None)
 # Of one step on the CPU: (grad_out, grad_h_n, grad_c_n, input, h0, c0, weights, out, gates, cells, input_grad) ->
 # gradients of input, h0, c0 and of the step's sums (B, 4H).
 step_backward: Any = getattr(_extension, "lstm_step_backward", None)

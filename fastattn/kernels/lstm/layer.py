@@ -28,6 +28,20 @@ def lstm_layer(
     return out, h_n, c_n
 
 
+def lstm_layers(
+    backend: str, input: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, weights: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Likewise of a stack of layers in one direction without projections or dropout, by the extension's "cuda"."""
+    grad = _needs_grad(input, h0, c0, weights)
+    if onlookers.present(input, h0, c0, *weights):
+        out, h_n, c_n, *_ = torch.ops.fastattn.lstm_layers(input, batch_sizes, h0, c0, weights, grad, backend)
+    elif grad:
+        out, h_n, c_n = autograd.extension_layer(backend, input, batch_sizes, h0, c0, *weights, stacked=True)
+    else:
+        out, h_n, c_n, *_ = extension.layers_forward[backend](input, batch_sizes, h0, c0, weights, False)
+    return out, h_n, c_n
+
+
 def torch_layers(
     layers: int, input: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,8 @@
 |--------------------------------|------------------------------------------------|
 | lstm_layer                     | out, h_n, c_n, gates, cells                    |
 | lstm_layer_backward            | gradients of input, h0, c0 and of each weight  |
+| lstm_layers                    | out, h_n, c_n, gates, cells, states            |
+| lstm_layers_backward           | gradients of input, h0, c0 and of each weight  |
 
 One call is one layer in D directions, 1 or 2. Names: T steps, B batch, I input features, H hidden units, P =
 projection size or H, N rows of all steps together, Hr = H rounded up to 16.
@@ -15,6 +17,10 @@ b_hh (4H), then where there is a projection W_hr (P, H). One dtype and device. o
 unless ``save``; a derivative is then taken by computing the layer again. backend "cpu", "cuda" (``csrc/lstm.h``) or
 "torch", which keeps nothing. What it all means: ``fastattn.reference_lstm.lstm_layer``.
 
+lstm_layers is a stack of L layers in one direction without projections, for backend "cuda" alone, which runs them side
+by side where they fit. h0, c0, h_n and c_n are (L, B, H), the weights stand layer after layer, and what the backward
+needs is gates (L, N, 4 Hr), cells (L, N, Hr) and states (L - 1, N, H), the outputs of all layers but the last.
+
 Raises ValueError, TypeError: an argument does not fit the above.
 """
 
@@ -22,6 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +46,15 @@ _SCHEMAS = {
         "Tensor c0, Tensor[] weights, Tensor out, Tensor gates, Tensor cells, str backend) "
         "-> (Tensor dinput, Tensor dh0, Tensor dc0, Tensor[] dweights)"
     ),
+    "lstm_layers": (
+        "(Tensor input, Tensor? batch_sizes, Tensor h0, Tensor c0, Tensor[] weights, bool save, str backend) "
+        "-> (Tensor out, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor states)"
+    ),
+    "lstm_layers_backward": (
+        "(Tensor? grad_out, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? batch_sizes, Tensor h0, "
+        "Tensor c0, Tensor[] weights, Tensor out, Tensor gates, Tensor cells, Tensor states, str backend) "
+        "-> (Tensor dinput, Tensor dh0, Tensor dc0, Tensor[] dweights)"
+    ),
 }
 # The extension pads the hidden units of what it keeps to whole vectors.
 _VECTOR = 16
@@ -48,15 +64,16 @@ for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _serve(device: str, calls: dict[str, Any], torch_call: Any) -> Any:
-    """The operator for tensors of ``device``, "cpu" or "cuda": the kernels of the same name, or torch's."""
+def _serve(device: str, calls: dict[str, Any], torch_call: Any = None) -> Any:
+    """The operator for tensors of ``device``, "cpu" or "cuda": the kernels of the same name, or torch's if any."""
 
     def call(*args: Any) -> Any:
         *arguments, backend = args
-        if backend == "torch":
+        if backend == "torch" and torch_call is not None:
             return torch_call(*arguments)
         if backend != device:
-            raise ValueError(f"backend: got {backend!r} for tensors on {device}, allowed are {device!r} and 'torch'")
+            allowed = f"allowed is {device!r}" if torch_call is None else f"allowed are {device!r} and 'torch'"
+            raise ValueError(f"backend: got {backend!r} for tensors on {device}, {allowed}")
         reason = extension.why_unavailable(backend)
         if reason is not None:
             raise RuntimeError(f"backend: got {backend!r}, but {reason}")
@@ -68,6 +85,8 @@ def _serve(device: str, calls: dict[str, Any], torch_call: Any) -> Any:
 for _device in ("cpu", "cuda"):
     _library.impl("lstm_layer", _serve(_device, extension.forward, torch_lstm.forward), _device.upper())
     _library.impl("lstm_layer_backward", _serve(_device, extension.backward, torch_lstm.backward), _device.upper())
+_library.impl("lstm_layers", _serve("cuda", extension.layers_forward), "CUDA")
+_library.impl("lstm_layers_backward", _serve("cuda", extension.layers_backward), "CUDA")
 
 
 # Shape rules -------------------------------------------------------------------------------------------------
@@ -89,6 +108,23 @@ def _layer_fake(
     )  # fmt: skip
 
 
+@torch.library.register_fake("fastattn::lstm_layers", lib=_library)
+def _layers_fake(
+    input: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    layers, _, hidden = h0.shape
+    many = math.prod(input.shape[:-1])
+    padded = (hidden + _VECTOR - 1) // _VECTOR * _VECTOR
+    gates, cells, states = ((layers, many, 4 * padded), (layers, many, padded), (layers - 1, many, hidden))
+    return (
+        input.new_empty((*input.shape[:-1], hidden)), h0.new_empty(h0.shape), c0.new_empty(c0.shape),
+        input.new_empty(gates if save else (0,)), input.new_empty(cells if save else (0,), dtype=torch.float32),
+        input.new_empty(states if save else (0,)),
+    )  # fmt: skip
+
+
+@torch.library.register_fake("fastattn::lstm_layers_backward", lib=_library)
 @torch.library.register_fake("fastattn::lstm_layer_backward", lib=_library)
 def _layer_backward_fake(
     grad_out: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, input: Tensor,
@@ -99,3 +135,6 @@ def _layer_backward_fake(
 
 
 torch.library.register_autograd("fastattn::lstm_layer", autograd.vjp, setup_context=autograd.setup, lib=_library)
+torch.library.register_autograd(
+    "fastattn::lstm_layers", partial(autograd.vjp, stacked=True), setup_context=autograd.setup, lib=_library
+)
