@@ -31,6 +31,7 @@ PEER = "nn.LSTM"
 SHAPES = [(20, 64, 64, 128), (100, 32, 256, 256), (100, 32, 512, 512), (200, 1, 512, 512), (128, 8, 1024, 1024)]
 if CUDA:
     SHAPES = [(1024, batch, hidden, hidden) for hidden in (256, 512, 768, 1024) for batch in (1, 16, 64, 128)]
+IN_TURN = 1 << 30  # steps of a chunk (csrc/cuda/waves.h)
 TRAINING = pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 ON_SHAPES = pytest.mark.parametrize("shape", SHAPES, ids=str)
 Shape = tuple[int, int, int, int]
@@ -56,6 +57,8 @@ KINDS = [
     Kind("projected", projected=True),
     Kind("float16", torch.float16),
 ]
+if CUDA:  # layers that our kernels run side by side, as cuDNN does
+    KINDS.insert(2, Kind("two layers", torch.bfloat16, layers=2))
 
 
 def lengths_of(steps: int, batch: int) -> Tensor:
@@ -98,6 +101,20 @@ def bound(module: nn.Module, data: Tensor, batch_sizes: Tensor | None, training:
     return call
 
 
+def in_turn(call: Call) -> Call:
+    """``call`` with the layers of our CUDA kernels one after another."""
+    from fastattn._C import lstm_cuda_chunk_steps
+
+    def alone() -> list[Tensor]:
+        before = lstm_cuda_chunk_steps(IN_TURN)
+        try:
+            return list(call())
+        finally:
+            lstm_cuda_chunk_steps(before)
+
+    return alone
+
+
 def flops_of(module: nn.Module, rows: int, training: bool) -> float:
     weights = sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)
     return 2.0 * rows * weights * (3.0 if training else 1.0)
@@ -119,6 +136,8 @@ def test_layers(benchmark: Any, keep: Any, shape: Shape, training: bool, kind: K
                 return list(calls[OURS]())
 
         calls["fastattn, cuda"] = forced
+        if kind.layers > 1 and not kind.bidirectional:
+            calls["fastattn, cuda, layers in turn"] = in_turn(forced)
     exact = None
     if kind.dtype != torch.float32:  # torch's bfloat16 gradients are wrong in some rows
         exact = bound(copy.deepcopy(theirs).float(), data.float(), batch_sizes, training)

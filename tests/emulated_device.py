@@ -6,12 +6,14 @@ core) for each state of them. ``ops()`` are its operators.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,17 @@ def ops() -> Any:
             _build(cxx, folder, library)
     torch.ops.load_library(str(library))
     return torch.ops.fastattn_emulated
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """What torch says of tf32 products, which the kernels follow."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _build(cxx: str, folder: Path, library: Path) -> None:

@@ -1,11 +1,12 @@
-"""The CUDA LSTM on a GPU: both of its paths against the float64 oracle, run to run, and inside a CUDA graph.
+"""The CUDA LSTM on a GPU: all of its paths against the float64 oracle, run to run, and inside a CUDA graph.
 
-``tests/test_lstm_emulated.py`` runs the same code on a machine without one.
+``tests/test_lstm_emulated.py`` and ``test_lstm_layers_emulated.py`` run the same code on a machine without one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,6 +48,22 @@ def layer(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def stack(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    return autograd.extension_layer(
+        "cuda", inputs.input, inputs.batch_sizes, inputs.h0, inputs.c0, *inputs.weights, stacked=True
+    )
+
+
+IN_TURN = 1 << 30  # steps of a chunk
+
+
+@pytest.fixture(params=[16, 64, IN_TURN], ids=["chunks of 16", "chunks of 64", "in turn"])
+def chunk(request: pytest.FixtureRequest, built: Any) -> Iterator[int]:
+    before = built.lstm_cuda_chunk_steps(request.param)
+    yield request.param
+    built.lstm_cuda_chunk_steps(before)
+
+
 SHAPES = [
     Case(),
     Case(directions=2),
@@ -69,14 +86,54 @@ SHAPES = [
 ]
 
 
-def _with(case: LstmCase, dtype: torch.dtype) -> LstmCase:
-    return LstmCase(**{**vars(case), "dtype": dtype})
+STACKS = [
+    Case(layers=2, steps=150, batch=8, hidden=64),
+    Case(layers=3, lengths=RAGGED, hidden=40, bias=False),
+    Case(layers=5, lengths=RAGGED, hidden=256),
+    Case(layers=2, steps=70, batch=33, hidden=512, inputs=16),
+    Case(layers=2, steps=20, batch=16, hidden=1024, inputs=8),  # of these no two fit
+    Case(layers=4, steps=40, batch=1, hidden=1, inputs=1),
+    *[Case(layers=2, lengths=RAGGED, losses=(loss,)) for loss in ("out", "h_n", "c_n")],
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SHAPES)
 def test_results_stay_within_the_budget(path: str, case: LstmCase, dtype: torch.dtype) -> None:
-    check(_with(case, dtype), layer, "cuda")
+    check(replace(case, dtype=dtype), layer, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", STACKS)
+def test_stacks_stay_within_the_budget(chunk: int, case: LstmCase, dtype: torch.dtype) -> None:
+    check(replace(case, dtype=dtype), stack, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chunks_change_no_bit(built: Any, dtype: torch.dtype) -> None:
+    case = Case(layers=3, lengths=RAGGED, inputs=96, hidden=96, dtype=dtype)
+    inputs = make_inputs(case, "cuda")
+    # The input products of a chunk and of all rows may add in another order. Here each has one term.
+    for place in range(0, len(inputs.weights), 4):
+        inputs.weights[place] = torch.cat((torch.eye(96), torch.zeros(288, 96))).to(inputs.input) / 2
+    results, before = [], built.lstm_cuda_chunk_steps(IN_TURN)
+    try:
+        for steps in (IN_TURN, 16, 7):
+            built.lstm_cuda_chunk_steps(steps)
+            results.append(evaluate(stack, case, inputs))
+    finally:
+        built.lstm_cuda_chunk_steps(before)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+def test_layers_meant_to_run_side_by_side_do(built: Any) -> None:
+    if torch.cuda.get_device_properties(0).multi_processor_count < 128:
+        pytest.skip("a smaller device holds fewer weights")
+    for dtype in DTYPES:
+        assert built.lstm_cuda_layers_together(dtype, 2, 1024, 16, 512) == (2, 2)
+        assert built.lstm_cuda_layers_together(dtype, 4, 1024, 16, 256) == (4, 4)
+        assert built.lstm_cuda_layers_together(dtype, 4, 64, 16, 256) == (1, 1)  # too few steps to cut
 
 
 @pytest.mark.parametrize("hidden", [256, 1024])
@@ -109,11 +166,21 @@ def test_tf32_only_where_torch_allows_it(built: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_run_gives_the_same_bits(path: str, dtype: torch.dtype) -> None:
     for case in (Case(directions=2, lengths=RAGGED, hidden=96), Case(steps=200, batch=17, hidden=512)):
-        inputs = make_inputs(_with(case, dtype), "cuda")
-        first = evaluate(layer, case, inputs)
-        for _ in range(20):
-            again = evaluate(layer, case, inputs)
-            assert all(torch.equal(first[name], again[name]) for name in first)
+        every_run_is_the_same(layer, replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_run_of_a_stack_gives_the_same_bits(chunk: int, dtype: torch.dtype) -> None:
+    every_run_is_the_same(stack, Case(layers=3, lengths=RAGGED, hidden=96, dtype=dtype))
+    every_run_is_the_same(stack, Case(layers=2, steps=200, batch=17, hidden=512, dtype=dtype))
+
+
+def every_run_is_the_same(call: Callable[[Inputs], tuple[Tensor, Tensor, Tensor]], case: LstmCase) -> None:
+    inputs = make_inputs(case, "cuda")
+    first = evaluate(call, case, inputs)
+    for _ in range(20):
+        again = evaluate(call, case, inputs)
+        assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 @pytest.mark.parametrize("lengths", [None, RAGGED], ids=["padded", "packed"])
@@ -122,13 +189,24 @@ def test_forward_and_backward_replay_in_a_cuda_graph(
     path: str, dtype: torch.dtype, lengths: tuple[int, ...] | None
 ) -> None:
     case = Case(steps=40, batch=8, hidden=64, directions=2, lengths=lengths, dtype=dtype)
-    static, other = make_inputs(case, "cuda"), make_inputs(LstmCase(**{**vars(case), "seed": 1}), "cuda")
+    replays(case, extension.forward["cuda"], extension.backward["cuda"])
+
+
+@pytest.mark.parametrize("lengths", [None, RAGGED], ids=["padded", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_stack_replays_in_a_cuda_graph(chunk: int, dtype: torch.dtype, lengths: tuple[int, ...] | None) -> None:
+    case = Case(layers=3, steps=40, batch=8, hidden=64, lengths=lengths, dtype=dtype)
+    replays(case, extension.layers_forward["cuda"], extension.layers_backward["cuda"])
+
+
+def replays(case: LstmCase, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
+    static, other = make_inputs(case, "cuda"), make_inputs(replace(case, seed=1), "cuda")
     grads = list(static.grads)
 
     def work() -> list[Tensor]:
         arguments = (static.input, static.batch_sizes, static.h0, static.c0, static.weights)
-        out, h_n, c_n, gates, cells = extension.forward["cuda"](*arguments, True)
-        dinput, dh0, dc0, dweights = extension.backward["cuda"](*grads, *arguments, out, gates, cells)
+        out, h_n, c_n, *saved = forward(*arguments, True)
+        dinput, dh0, dc0, dweights = backward(*grads, *arguments, out, *saved)
         return [out, h_n, c_n, dinput, dh0, dc0, *dweights]
 
     stream = torch.cuda.Stream()

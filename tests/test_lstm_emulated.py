@@ -7,12 +7,12 @@ a GPU adds is its memory model, its own rounding and its speed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from emulated_device import ops
+from emulated_device import ops, tf32
 from torch import Tensor
 
 from fastattn.testing_lstm import Inputs, LstmCase, check, evaluate, make_inputs
@@ -120,19 +120,13 @@ def test_no_result_depends_on_the_order_of_threads(emulated: Any, case: LstmCase
     assert same(results[0], results[2])
 
 
-def _with_tf32(allowed: bool, run_case: Callable[[LstmCase], dict[str, Tensor]], case: LstmCase) -> dict[str, Tensor]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        return run_case(case)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def test_tf32_only_where_torch_allows_it(emulated: Any) -> None:
     case = Case(hidden=40)
     emulated.device(8, 0)
-    exact, rounded = _with_tf32(False, run, case), _with_tf32(True, run, case)
+    with tf32(False):
+        exact = run(case)
+    with tf32(True):
+        rounded = run(case)
     for name, tensor in exact.items():
         difference = (rounded[name] - tensor).abs().max() / tensor.abs().max()
         assert difference < 2e-3, name  # tf32 has 10 bits: each product moves by up to 2**-10

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated_device import ops
+from emulated_device import ops, tf32
 from torch import Tensor
 
 from fastattn.testing_lstm import Inputs, LstmCase, check, evaluate, make_inputs
@@ -49,9 +49,10 @@ def layers(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.fixture
 def emulated() -> Iterator[Any]:
     device = ops()
+    before = device.chunk_steps(IN_TURN)
     yield device
     device.device(8, 0)
-    device.chunk_steps(64)
+    device.chunk_steps(before)
 
 
 def Case(**options: Any) -> LstmCase:  # noqa: N802
@@ -105,9 +106,15 @@ def run(emulated: Any, case: LstmCase, chunk: int) -> dict[str, Tensor]:
     return evaluate(layers, case, make_inputs(case))
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "rounded"),
+    [(FP32, False), (FP32, True), (BF16, False), (FP16, False)],
+    ids=["fp32", "tf32", "bf16", "fp16"],
+)
 @pytest.mark.parametrize("lengths", [None, RAGGED], ids=["padded", "packed"])
-def test_chunks_change_no_bit(emulated: Any, lengths: tuple[int, ...] | None, dtype: torch.dtype) -> None:
+def test_chunks_change_no_bit(
+    emulated: Any, lengths: tuple[int, ...] | None, dtype: torch.dtype, rounded: bool
+) -> None:
     """What passes from launch to launch is whole: cells in float32, states where the next step reads them."""
     case = Case(layers=3, lengths=lengths, inputs=9, dtype=dtype)
     inputs = make_inputs(case)
@@ -117,7 +124,10 @@ def test_chunks_change_no_bit(emulated: Any, lengths: tuple[int, ...] | None, dt
     results = []
     for chunk in (IN_TURN, 3, 2, 1):
         emulated.chunk_steps(chunk)
-        results.append(evaluate(layers, case, inputs))
+        together = 1 if chunk == IN_TURN else 3
+        assert emulated.layers_together(dtype, 3, case.steps, 5, 9) == (together, together)
+        with tf32(rounded):
+            results.append(evaluate(layers, case, inputs))
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in other)
 

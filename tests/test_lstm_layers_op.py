@@ -38,7 +38,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The CUDA kernels of the host, for tensors on the CPU."""
     device = ops()
     device.device(8, 0)
-    device.chunk_steps(2)
+    before = device.chunk_steps(2)
     monkeypatch.setitem(extension.forward, "cuda", device.forward)
     monkeypatch.setitem(extension.backward, "cuda", lambda *args: device.backward(*args[:11]))
     monkeypatch.setitem(extension.layers_forward, "cuda", device.layers_forward)
@@ -48,7 +48,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         library.impl("lstm_layers", lambda *args: device.layers_forward(*args[:-1]), "CPU")
         library.impl("lstm_layers_backward", lambda *args: device.layers_backward(*args[:-1]), "CPU")
         yield device
-    device.chunk_steps(64)
+    device.chunk_steps(before)
 
 
 def operator(save: bool) -> testing_lstm.Call:

@@ -51,9 +51,9 @@ std::pair<Plan, Plan> plans(at::ScalarType scalar_type, int64_t parts, int64_t b
 
 void allow_persistent(bool allowed) { persistent_allowed = allowed; }
 
-void set_chunk_steps(int64_t steps) {
+int64_t set_chunk_steps(int64_t steps) {
   TORCH_CHECK_VALUE(steps >= 1, "steps: got ", steps, ", expected at least 1");
-  chunk_steps = steps;
+  return chunk_steps.exchange(steps);
 }
 
 std::pair<bool, bool> persistent(

@@ -10,8 +10,9 @@ namespace fastattn::cuda {
 // Tests and benchmarks compare the two paths: false leaves the persistent kernels unused.
 void allow_persistent(bool allowed);
 
-// Likewise layers side by side and in turn: the most steps of a chunk (waves.h). What is no longer is not cut.
-void set_chunk_steps(int64_t steps);
+// Likewise layers side by side and in turn: the most steps of a chunk (waves.h), what is no longer is not cut. Returns
+// what it was before.
+int64_t set_chunk_steps(int64_t steps);
 
 // Whether the forward and the backward of a call of this size on the current device are one persistent kernel.
 std::pair<bool, bool> persistent(

@@ -80,7 +80,7 @@ TORCH_LIBRARY(fastattn_emulated, m) {
       "Tensor h0, Tensor c0, Tensor[] weights, Tensor out, Tensor gates, Tensor cells, Tensor states) "
       "-> (Tensor, Tensor, Tensor, Tensor[])",
       layers_backward);
-  m.def("chunk_steps(int steps) -> ()", fastattn::cuda::set_chunk_steps);
+  m.def("chunk_steps(int steps) -> int", fastattn::cuda::set_chunk_steps);
   m.def(
       "layers_together(ScalarType type, int layers, int steps, int batch, int hidden) -> (int, int)", layers_together);
   m.def("launches() -> int", launches);
