@@ -69,6 +69,23 @@ fastattn::LstmStepBackward lstm_step_backward(
       {grad_out, grad_h_n, grad_c_n}, {input, {}, h0, c0, std::move(weights)}, out, gates, cells, input_grad);
 }
 
+// The same for a cell, whose input is (B, I) and whose states are (B, H). Views made here are no nodes of a graph.
+fastattn::LstmForward lstm_cell_forward(at::Tensor input, at::Tensor h0, at::Tensor c0, Tensors weights, bool save) {
+  auto [out, h_n, c_n, gates, cells] = fastattn::lstm_forward_cpu(
+      {input.unsqueeze(0), {}, h0.unsqueeze(0), c0.unsqueeze(0), std::move(weights)}, save);
+  return {out.squeeze(0), h_n.squeeze(0), c_n.squeeze(0), gates, cells};
+}
+
+fastattn::LstmStepBackward lstm_cell_backward(
+    Optional grad_out, Optional grad_h_n, Optional grad_c_n, at::Tensor input, at::Tensor h0, at::Tensor c0,
+    Tensors weights, at::Tensor out, at::Tensor gates, at::Tensor cells, bool input_grad) {
+  const auto of_a_step = [](const Optional& grad) { return grad ? Optional(grad->unsqueeze(0)) : grad; };
+  auto [dinput, dh0, dc0, dsums] = lstm_step_backward(
+      of_a_step(grad_out), of_a_step(grad_h_n), of_a_step(grad_c_n), input.unsqueeze(0), h0.unsqueeze(0),
+      c0.unsqueeze(0), std::move(weights), out.unsqueeze(0), gates, cells, input_grad);
+  return {dinput.defined() ? dinput.squeeze(0) : dinput, dh0.squeeze(0), dc0.squeeze(0), dsums};
+}
+
 // The arguments that both operators share come as one tuple, in the order of LayerNormLstmArgs.
 using LayerNormFields = std::tuple<
     at::Tensor, Optional, at::Tensor, at::Tensor, Tensors, Optional, Optional, Optional, double, double, double>;
@@ -149,6 +166,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   };
   backward("lstm_backward", &lstm_backward);
   m.def("lstm_step_backward", &lstm_step_backward, Plain());
+  m.def("lstm_cell_forward", &lstm_cell_forward, Plain());
+  m.def("lstm_cell_backward", &lstm_cell_backward, Plain());
   m.def("layer_norm_lstm_forward", &layer_norm_lstm_forward, Plain());
   m.def("layer_norm_lstm_backward", &layer_norm_lstm_backward, Plain());
   m.def("least_rows_of_own_products", &fastattn::least_rows_of_own_products);

@@ -188,3 +188,29 @@ def test_more_than_a_step_is_refused_by_the_extension() -> None:
     out, _, _, gates, cells = extension.forward["cpu"](x, None, zeros, zeros, weights, True)
     with pytest.raises(ValueError, match="got 2 steps in 1 directions, expected one padded step"):
         extension.step_backward(None, None, None, x, zeros, zeros, weights, out, gates, cells, True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"input": torch.zeros(1, BATCH, INPUTS)},
+        {"h0": torch.zeros(1, BATCH, HIDDEN)},
+        {"c0": torch.zeros(BATCH, HIDDEN + 1)},
+        {"weights": [torch.zeros(4 * HIDDEN, INPUTS)] * 2},
+        {"out": torch.zeros(BATCH, HIDDEN + 1)},
+        {"grad_h_n": torch.zeros(1, BATCH, HIDDEN)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_malformed_calls_of_a_cell(change: dict[str, Any]) -> None:
+    weights = [torch.zeros(4 * HIDDEN, INPUTS), torch.zeros(4 * HIDDEN, HIDDEN)]
+    zeros, name = torch.zeros(BATCH, HIDDEN), next(iter(change))
+    given: dict[str, Any] = {"input": torch.zeros(BATCH, INPUTS), "h0": zeros, "c0": zeros, "weights": weights}
+    out, _, _, gates, cells = extension.cell_forward(*given.values(), True)
+    kept = {"out": out, "gates": gates, "cells": cells}
+    grads = {"grad_out": None, "grad_h_n": zeros, "grad_c_n": None}
+    with pytest.raises((ValueError, TypeError), match=name.replace("weights", r"weights\[")):
+        extension.cell_backward(*(grads | given | kept | change).values(), True)
+    if name in given:
+        with pytest.raises((ValueError, TypeError)):
+            extension.cell_forward(*(given | change).values(), True)

@@ -99,8 +99,7 @@ class LSTMCell(TorchLSTMCell):
         if backend is Backend.TORCH:
             state: State = _lstm_cell(input, (h0, c0), *weights)
             return state
-        _, h_1, c_1 = recurrent.layer(backend, input.unsqueeze(0), None, h0.unsqueeze(0), c0.unsqueeze(0), weights)
-        return h_1.squeeze(0), c_1.squeeze(0)
+        return recurrent.cell(backend, input, h0, c0, weights)
 
 
 def _states(hx: State, batched: bool, expected: tuple[int, int]) -> State:

@@ -70,3 +70,11 @@ def layer(
     if backend is Backend.TORCH:
         return kernels.torch_layers(1, input, batch_sizes, h0, c0, weights)
     return kernels.lstm_layer(backend.value, input, batch_sizes, h0, c0, weights)
+
+
+def cell(backend: Backend, input: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor]) -> State:
+    """h_1 and c_1 (B, H) of one step of a cell on ``backend``, the reference or the extension."""
+    if backend is Backend.REFERENCE:
+        _, h_1, c_1 = reference_lstm.lstm_layer(input.unsqueeze(0), None, h0.unsqueeze(0), c0.unsqueeze(0), weights)
+        return h_1.squeeze(0), c_1.squeeze(0)
+    return kernels.lstm_cell(backend.value, input, h0, c0, weights)

@@ -78,17 +78,16 @@ class _Extension(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         batch_sizes, input, h0, c0, *rest = ctx.saved_tensors
         needed, weights, saved = _needed(ctx.needs_input_grad), rest[: ctx.weights], rest[ctx.weights :]
-        found = past_extension(
-            ctx.backend, (input, h0, c0, *weights), needed, batch_sizes, saved, grads, stacked=ctx.stacked
-        )
-        if found is None:
+        if extension_serves(grads):
             given = (*grads, input, batch_sizes, h0, c0, weights, *saved)
             if ctx.stacked:
-                *found, dweights = extension.layers_backward[ctx.backend](*given)
+                dinput, dh0, dc0, dweights = extension.layers_backward[ctx.backend](*given)
             else:
-                *found, dweights = extension.backward[ctx.backend](*given, needed[0], any(needed[3:]))
-            found += dweights
-        dinput, dh0, dc0, *dweights = found
+                dinput, dh0, dc0, dweights = extension.backward[ctx.backend](*given, needed[0], any(needed[3:]))
+        else:
+            dinput, dh0, dc0, *dweights = past_extension(
+                ctx.backend, (input, h0, c0, *weights), needed, batch_sizes, saved, grads, ctx.stacked
+            )
         return None, dinput, None, dh0, dc0, *dweights
 
 
@@ -142,22 +141,25 @@ def _needed(needs_input_grad: tuple[bool, ...]) -> tuple[bool, ...]:
     return needs_input_grad[1], *needs_input_grad[3:]
 
 
+def extension_serves(grads: Sequence[Tensor | None]) -> bool:
+    """Whether the extension itself may be called for these gradients: there is one, and nobody looks on."""
+    given = [grad for grad in grads if grad is not None]
+    return bool(given) and not definition.asked_for(*given) and not onlookers.present(*given)
+
+
 def past_extension(
     backend: str, tensors: Sequence[Tensor], needed: Sequence[bool], batch_sizes: Tensor | None,
-    saved: Sequence[Tensor], grads: Sequence[Tensor | None], traced: bool = False, stacked: bool = False,
-) -> Sequence[Tensor | None] | None:  # fmt: skip
-    """Gradients of (input, h0, c0, *weights) where the extension may not be called itself; None: it may.
+    saved: Sequence[Tensor], grads: Sequence[Tensor | None], stacked: bool = False,
+) -> Sequence[Tensor | None]:  # fmt: skip
+    """Gradients of (input, h0, c0, *weights) by another way than a call of the extension.
 
-    ``saved`` are the forward's out and what it kept; ``traced`` says that somebody looks on whom no gradient shows;
-    ``stacked`` that it was a stack of layers, not one.
+    ``saved`` are the forward's out and what it kept; ``stacked`` says that it was a stack of layers, not one.
     """
     given = [grad for grad in grads if grad is not None]
     if not given:
         return [None] * len(tensors)
     if definition.asked_for(*given):
         return _by_definition(tensors, needed, batch_sizes, _layers(tensors[1], stacked), grads)
-    if not traced and not onlookers.present(*given):
-        return None
     input, h0, c0, *weights = tensors
     *found, dweights = _operators(stacked)[1](*grads, input, batch_sizes, h0, c0, weights, *saved, backend)
     return [*found, *dweights]

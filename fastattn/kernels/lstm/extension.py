@@ -37,6 +37,9 @@ layers_together: Any = getattr(_extension, "lstm_cuda_layers_together", None)
 # Of one step on the CPU: (grad_out, grad_h_n, grad_c_n, input, h0, c0, weights, out, gates, cells, input_grad) ->
 # gradients of input, h0, c0 and of the step's sums (B, 4H).
 step_backward: Any = getattr(_extension, "lstm_step_backward", None)
+# A cell has input (B, I) and states (B, H): (input, h0, c0, weights, save) -> as ``forward``; as ``step_backward``.
+cell_forward: Any = getattr(_extension, "lstm_cell_forward", None)
+cell_backward: Any = getattr(_extension, "lstm_cell_backward", None)
 
 
 def why_unavailable(backend: str) -> str | None:

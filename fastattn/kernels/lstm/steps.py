@@ -77,18 +77,22 @@ _in_use: weakref.WeakValueDictionary[tuple[Any, ...], _Shared] = weakref.WeakVal
 
 
 def serve(input: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether ``step`` takes this call: one padded step in one direction, no projection, gradients of leaves wanted."""
+    """Whether ``step`` takes this layer: one padded step, one direction, no projection, gradients of leaves wanted."""
     return (
         batch_sizes is None
         and input.shape[0] == h0.shape[0] == 1
         and h0.shape == c0.shape
-        and any(weight.requires_grad for weight in weights)
-        and all(weight.is_leaf for weight in weights)
+        and serve_cell(weights)
     )
 
 
+def serve_cell(weights: Sequence[Tensor]) -> bool:
+    """Whether ``step`` takes a cell with these weights."""
+    return any(weight.requires_grad for weight in weights) and all(weight.is_leaf for weight in weights)
+
+
 def step(input: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor]) -> Results:
-    """out, h_n and c_n of a call that ``serve`` takes, by the extension on the CPU."""
+    """out, h_n and c_n, by the extension on the CPU, of a layer or a cell for which one of the two above is true."""
     key = tuple((id(weight), weight.requires_grad) for weight in weights)
     shared = _in_use.get(key)
     if shared is not None:
@@ -122,12 +126,15 @@ class _WeightGradients(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
-    """One step of the extension."""
+    """One step of the extension: a layer's, input (1, B, I) and states (1, B, H), or a cell's, (B, I) and (B, H)."""
 
     @staticmethod
     def forward(ctx: Any, shared: _Shared, token: Tensor, *inputs: Tensor) -> Results:
         input, h0, c0, *weights = inputs
-        out, h_n, c_n, gates, cells = extension.forward["cpu"](input, None, h0, c0, weights, True)
+        if _of_a_cell(input):
+            out, h_n, c_n, gates, cells = extension.cell_forward(input, h0, c0, weights, True)
+        else:
+            out, h_n, c_n, gates, cells = extension.forward["cpu"](input, None, h0, c0, weights, True)
         ctx.shared = shared
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(out, gates, cells, input, h0, c0, *weights)
@@ -135,18 +142,36 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        out, gates, cells, *tensors = ctx.saved_tensors
-        input, h0, c0, *weights = tensors
-        needed, saved = ctx.needs_input_grad[2:], (out, gates, cells)
-        found = autograd.past_extension("cpu", tensors, needed, None, saved, grads, _compiled())
-        if found is not None:
-            return None, out.new_zeros(0), *found
-        dinput, dh0, dc0, dsums = extension.step_backward(*grads, input, h0, c0, weights, *saved, needed[0])
+        out, gates, cells, input, h0, c0, *weights = ctx.saved_tensors
+        needed, cell = ctx.needs_input_grad[2:], _of_a_cell(input)
+        if _compiled() or not autograd.extension_serves(grads):
+            of_layer = _layer if cell else tuple
+            states, saved = of_layer((input, h0, c0)), (*of_layer((out,)), gates, cells)
+            found = autograd.past_extension("cpu", (*states, *weights), needed, None, saved, of_layer(grads))
+            of_states, of_weights = found[:3], found[3:]
+            return None, out.new_zeros(0), *(_cell(of_states) if cell else of_states), *of_weights
+        backward = extension.cell_backward if cell else extension.step_backward
+        dinput, dh0, dc0, dsums = backward(*grads, input, h0, c0, weights, out, gates, cells, needed[0])
         if torch._C._will_engine_execute_node(ctx.shared.token.grad_fn):
             pending = ctx.shared.pending.setdefault(torch._C._current_graph_task_id(), _Pending())
             # Without their graph, which through this node would hold what holds them.
-            pending.add(dsums, input.detach()[0], h0.detach()[0])
+            input, h0 = input.detach(), h0.detach()
+            pending.add(dsums, input if cell else input[0], h0 if cell else h0[0])
         return None, None, dinput, dh0, dc0, *(None for _ in weights)
+
+
+def _of_a_cell(input: Tensor) -> bool:
+    return input.dim() == 2
+
+
+def _layer(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """A cell's tensors as those of a layer."""
+    return tuple(None if tensor is None else tensor.unsqueeze(0) for tensor in tensors)
+
+
+def _cell(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """The way back."""
+    return tuple(None if tensor is None else tensor.squeeze(0) for tensor in tensors)
 
 
 _weight_gradients: Callable[..., Tensor] = _WeightGradients.apply
