@@ -107,6 +107,7 @@ void BackwardLayer::hidden_gradient(
   p.start2_row = shape.state;
   if (!last) p.left = dsums_at(later, rows.begin, d);
   p.form = form;
+  p.ahead = weights_ahead(shape, form);
   p.left_row = shape.directions * 4 * shape.hidden;
   p.weight = weight_h[static_cast<size_t>(d)].get();
   p.out = to;
@@ -129,6 +130,7 @@ void BackwardLayer::cell_gradient(
     s.hidden = shape.hidden;
     s.form = form;
     s.descending = t % 2 == 1;
+    s.ahead = weights_ahead(shape, form);
     if (shape.projection) {
       s.left = at_row(dh, t, now.begin, d, shape.state);
       s.left_row = shape.directions * shape.state;

@@ -46,6 +46,7 @@ void panel_product(const at::Tensor& out, const at::Tensor& left, const at::Tens
     packed = Floats(count * panel);
     run_tasks(count, 0, [&](int64_t task, float*) { k.pack(p.right, task, packed + task * panel); }, threads);
     p.packed = packed.get();
+    p.ahead = asks_ahead(count * panel * static_cast<int64_t>(sizeof(float)));
   }
   // Some tasks for each thread: columns are divided, too, where there are few rows.
   const int64_t parts = std::min(count, std::max<int64_t>(4 * threads / row_tiles, 1));

@@ -23,6 +23,7 @@ struct PanelProduct {
   Operand left;
   int64_t columns;
   const float* packed;  // all panels; or null: they are made of `right`
+  bool ahead;           // whether they are asked for: see asks_ahead
   Operand right;        // the transpose (N, K)
   const float* bias;
   float* out;
@@ -50,5 +51,10 @@ const PanelKernels& panel_kernels();
 enum class Panels { none, large, most };
 
 Panels preferred_panels();
+
+// Whether packed operands of so many bytes are asked for before they are used. Zen 5 does well without where they fit
+// into its third-level cache: asking for them takes 1.05 to 1.35 times as long for 4 to 8 rows of the left operand, 1.02
+// for 32; for larger ones 0.9.
+bool asks_ahead(int64_t bytes);
 
 }  // namespace fastattn
