@@ -113,8 +113,7 @@ const PanelKernels& panel_kernels() { return *kernels().panels; }
 Panels preferred_panels() { return current().load()->panels; }
 
 bool asks_ahead(int64_t bytes) {
-  constexpr int64_t third_level = int64_t{12} << 20;  // measured: not with 8 MB, but with 16 of 32
-  return preferred_panels() != Panels::most || bytes > third_level;
+  return preferred_panels() != Panels::most || bytes > third_level_bytes() / 3;  // not 8 MB, but 16 of 32
 }
 
 bool has_split_products() { return current().load()->split; }

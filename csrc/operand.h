@@ -23,6 +23,9 @@ constexpr int64_t kPad = 16;
 // What may be expected of a second-level cache.
 constexpr int64_t kCacheBytes = int64_t{2} << 20;
 
+// Of the third-level cache that the cores of this machine, or some of them, share; 32 MB where nothing says.
+int64_t third_level_bytes();
+
 // A left operand (M, K), or the transpose (N, K) of a right one: element (i, k) is data[i * row + k * column]. One of
 // the strides is 1.
 struct Operand {
