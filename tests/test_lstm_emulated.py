@@ -79,6 +79,8 @@ CASES = [
     (Case(hidden=24, lengths=(3,) * 17 + (2,) * 9 + (1,) * 11, bias=False), 12, 2),
     (Case(hidden=8, lengths=(3,) * 40 + (2,) * 20 + (1,) * 10, dtype=BF16), 1, 2),
     (Case(hidden=9, lengths=(3,) * 9 + (1,) * 10, directions=2, dtype=FP16), 64, 2),
+    # Both directions would fit, but with more rows in a group than are wanted: then one after the other.
+    (Case(steps=2, batch=200, hidden=8, directions=2), 2, 4),
     # The depth beyond one round of the warps, with weights in shared memory.
     (Case(steps=2, batch=2, hidden=273, inputs=1), 35, 2),
     (Case(steps=2, batch=9, hidden=520, inputs=1, dtype=BF16), 65, 2),
