@@ -80,6 +80,12 @@ def explain(device_type: str, dtype: torch.dtype) -> Explanation:
     return Explanation(chosen, because, skipped)
 
 
+def _not_preferred(name: Backend, chosen: Backend) -> str:
+    if name is Backend.CUDA and not extension.verified():
+        return 'not verified on this device; force it with fastattn.backend("cuda")'
+    return f"can serve it; {chosen} is preferred"
+
+
 # Layers of a stack on CUDA -----------------------------------------------------------------------------------
 
 
@@ -97,21 +103,18 @@ def why_in_turn(layers: int, bidirectional: bool, projection: int, dropout: floa
 
 
 def with_layers(
-    explanation: Explanation, why_in_turn: str | None, dtype: torch.dtype, sizes: tuple[int, int, int, int]
+    explanation: Explanation, reason: str | None, dtype: torch.dtype, sizes: tuple[int, int, int, int]
 ) -> Explanation:
-    """``explanation`` with how our CUDA kernels run several layers; ``sizes`` are layers, steps, batch and units."""
+    """``explanation`` with how our CUDA kernels run several layers, of sizes (layers, steps, batch, units).
+
+    ``reason`` is that of ``why_in_turn``.
+    """
     forward = backward = 1
-    if why_in_turn is None:
+    if reason is None:
         forward, backward = extension.layers_together(dtype, *sizes)
-        why_in_turn = "too few steps to cut, or no two fit on this device"
+        reason = "too few steps to cut, or no two fit on this device"
     if forward == backward == 1:
-        how = f"layers one after another: {why_in_turn}"
+        how = f"layers one after another: {reason}"
     else:
         how = f"layers side by side, {forward} of {sizes[0]} in the forward and {backward} in the backward"
     return replace(explanation, because=f"{explanation.because}; {how}")
-
-
-def _not_preferred(name: Backend, chosen: Backend) -> str:
-    if name is Backend.CUDA and not extension.verified():
-        return 'not verified on this device; force it with fastattn.backend("cuda")'
-    return f"can serve it; {chosen} is preferred"

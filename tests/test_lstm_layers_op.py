@@ -233,7 +233,8 @@ def test_explain_of_stacks_that_do_not_fit(emulated: Any, on_cuda: None) -> None
     assert module.explain(torch.randn(T, B, I)).because.endswith(reason)
     emulated.device(4, 0)
     assert module.explain(torch.randn(T, B, I)).because.endswith("1 of 2 in the forward and 2 in the backward")
-    assert module.explain(torch.randn(2, B, I)).because.endswith(reason)
+    for steps, batch in ((2, B), (T, 0)):
+        assert module.explain(torch.randn(steps, batch, I)).because.endswith(reason)
 
 
 # Bad input ---------------------------------------------------------------------------------------------------

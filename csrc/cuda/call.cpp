@@ -40,8 +40,8 @@ bool may_persist(const LstmShape& shape) { return persistent_allowed && !shape.p
 
 // Of the forward and of the backward on the current device.
 std::pair<Plan, Plan> plans(at::ScalarType scalar_type, int64_t parts, int64_t batch, int64_t hidden) {
-  TORCH_CHECK_VALUE(batch >= 1 && hidden >= 1, "got batch ", batch, ", ", hidden, " hidden units");
-  if (!persistent_allowed) return {};
+  TORCH_CHECK_VALUE(batch >= 0 && hidden >= 1, "got batch ", batch, ", ", hidden, " hidden units");
+  if (!persistent_allowed || batch == 0) return {};
   const Element type = element_of(scalar_type);
   const bool tf32 = tf32_for(type);
   return {plan_forward(type, tf32, parts, batch, hidden), plan_backward(type, tf32, parts, batch, hidden)};
