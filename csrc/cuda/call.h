@@ -48,6 +48,16 @@ int64_t layers_side_by_side(const Call& call);
 // The waves of so many of them.
 Waves waves_of(const Call& call, int64_t layers);
 
+// Where the rows of a chunk stand among all rows.
+struct ChunkRows {
+  int64_t first, count;
+};
+inline ChunkRows rows_of(const Call& call, const Chunk& chunk) {
+  const std::vector<int64_t>& first = call.shape.first;
+  const int64_t begin = first[static_cast<size_t>(chunk.begin)];
+  return {begin, first[static_cast<size_t>(chunk.end)] - begin};
+}
+
 // A kernel's view of a tensor that may be absent.
 inline const void* pointer(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
 

@@ -41,8 +41,7 @@ at::Tensor side_by_side(
     persistent_backward(call.type, call.tf32, launch, call.stream);
     for (const Chunk& chunk : waves.wave(w)) {
       if (chunk.layer == 0) continue;
-      const int64_t first = s.first[static_cast<size_t>(chunk.begin)];
-      const int64_t rows = s.first[static_cast<size_t>(chunk.end)] - first;
+      const auto [first, rows] = rows_of(call, chunk);
       at::Tensor grad_below = layers[chunk.layer - 1].grad_out.narrow(0, first, rows);
       at::mm_out(grad_below, recurrence[chunk.layer].sums(s, first, rows), layers[chunk.layer].weights->w_ih);
     }

@@ -17,7 +17,7 @@ void side_by_side(
   const LstmShape& s = call.shape;
   const int64_t count = states.h0.size(0);
   const Waves waves = waves_of(call, count);
-  const int64_t most_rows = s.first[static_cast<size_t>(waves.chunk_steps())];  // no chunk has more than the first
+  const int64_t most_rows = rows_of(call, waves.wave(0)[0]).count;  // no chunk has more than the first
   const at::Tensor input_gates = at::empty({count, most_rows, 4 * s.hidden}, input.options());
   ForwardCells cells[kMostTogether];
   for (int64_t l = 0; l < count; ++l) cells[l] = cells_of(call, layers[l], 0);
@@ -26,8 +26,7 @@ void side_by_side(
     PersistentForward launch = all.args;
     launch.parts = 0;
     for (const Chunk& chunk : waves.wave(w)) {
-      const int64_t first = s.first[static_cast<size_t>(chunk.begin)];
-      const int64_t rows = s.first[static_cast<size_t>(chunk.end)] - first;
+      const auto [first, rows] = rows_of(call, chunk);
       const at::Tensor& from = chunk.layer == 0 ? input : layers[chunk.layer - 1].out;
       at::Tensor sums = input_gates[chunk.layer].narrow(0, 0, rows);
       at::mm_out(sums, from.narrow(0, first, rows), layers[chunk.layer].weights->w_ih.t());

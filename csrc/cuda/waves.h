@@ -36,7 +36,6 @@ class Waves {
   Waves(int64_t layers, int64_t steps, int64_t most)
       : layers_(layers), steps_(steps), chunk_(ceiling(steps, ceiling(steps, most))), chunks_(ceiling(steps, chunk_)) {}
 
-  int64_t chunk_steps() const { return chunk_; }
   int64_t count() const { return chunks_ + layers_ - 1; }
 
   std::vector<Chunk> wave(int64_t number) const {
