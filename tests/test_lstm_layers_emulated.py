@@ -81,6 +81,8 @@ CASES = [
     (Case(layers=3, lengths=RAGGED), 0, 2, 0, 0),
     (Case(layers=1), 8, 2, 1, 1),
     (Case(hidden=30), 1, 2, 0, 0),
+    # As long as a chunk is without a test's word: 44, 44 and 42 steps.
+    (Case(steps=130, batch=2, hidden=3, inputs=2), 8, 64, 4, 4),
     # Weights in shared memory.
     (Case(steps=3, batch=2, hidden=273, inputs=1), 70, 2, 3, 3),
     # Any strides; absent gradients; nothing to do.
