@@ -108,7 +108,7 @@ static inline vec dot_pairs(vec sum, vec left, vec right) {
   return sum;
 }
 
-// As kAhead of gemm.h.
+// Tiles that are asked for so far ahead, where any are: see asks_ahead.
 constexpr int64_t kTilesAhead = 4;
 
 // ROWS rows of `left` times VECTORS of the four tiles of columns of a panel, added to `sums` (rows, 64).
