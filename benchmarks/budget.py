@@ -2,6 +2,7 @@
 
     python -m benchmarks.budget                  print the checked-in table, and the paper model of it
     python -m benchmarks.budget --write          compile everything and rewrite it (some ten minutes on two cores)
+    python -m benchmarks.budget --write --only 90-bfloat16-64 100     the rows of these cases, and keep the others
     python -m benchmarks.budget --check --sample 40   compile a sample and compare with the table
 
 The kernels are compiled by the launching code itself, on tensors without storage, for sm_80, sm_90 and sm_100: what is
@@ -14,13 +15,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import io
 import itertools
 import os
 import random
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -55,6 +55,9 @@ FEATURES = {
     "packed window": frozenset({"packed", "upper", "lower"}),
     "everything": frozenset({"upper", "lower", "padding", "mask", "dropout", "softcap", "alibi", "sinks", "segments"}),
 }
+# By pointers what otherwise is read by tensor descriptor: batches share their keys, which no descriptor can say.
+FEATURES |= {f"{name} expanded": FEATURES[name] | {"expanded"} for name in ("causal", "everything")}
+_logs: dict[str, str] = {}  # of the assembler, by the kernel's hash: a kernel is compiled once in a process
 _TENSOR_CORE = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 
 
@@ -66,6 +69,10 @@ class Case:
     dtype: str
     head_dim: int
     feature: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.arch}-{self.dtype}-{self.head_dim}-{self.feature}"
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,10 @@ class Row:
         )
 
     @property
+    def case(self) -> Case:
+        return Case(self.arch, self.dtype, self.head_dim, self.feature)
+
+    @property
     def key(self) -> tuple[str, int, str, int, str]:
         return self.kernel, self.arch, self.dtype, self.head_dim, self.feature
 
@@ -136,7 +147,11 @@ class Row:
 
 def cases() -> list[Case]:
     every = itertools.product(DTYPES, HEAD_DIMS, FEATURES, ARCHITECTURES)
-    return [Case(arch, dtype, head_dim, feature) for dtype, head_dim, feature, arch in every]
+    return [
+        Case(arch, dtype, head_dim, feature)
+        for dtype, head_dim, feature, arch in every
+        if "expanded" not in FEATURES[feature] or (dtype != "float32" and arch >= 90)
+    ]
 
 
 def compile_case(case: Case, call: Callable[[Any, Case], None] | None = None) -> list[Row]:
@@ -205,11 +220,15 @@ def recording(arch: int) -> Iterator[list[tuple[str, dict[str, Any], Any]]]:
             return 0
 
     triton.runtime.driver.set_active(Compiler())
+    triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
     compiled: list[tuple[str, dict[str, Any], Any]] = []
     run = JITFunction.run
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        _logs.setdefault(kernel.hash, log.getvalue())
         compiled.append((self.__name__, kwargs, kernel))
         return kernel
 
@@ -239,6 +258,8 @@ def _call(torch: Any, case: Case) -> None:
         packed_launch.packed_attention_backward(out, None, query, key, value, out, logsumexp, *sequences)
         return
     query, key, value = (empty(batch, length, heads, case.head_dim).transpose(1, 2) for _ in range(3))
+    if "expanded" in brings:
+        key, value = (tensor[:1].expand_as(tensor) for tensor in (key, value))
     mask = empty(1, heads, length, length) if "mask" in brings else None
     padding = empty(batch, length, dtype=torch.bool) if "padding" in brings else None
     seed = empty(1, dtype=torch.int64) if "dropout" in brings else None
@@ -259,7 +280,6 @@ def _row(case: Case, name: str, kernel: Any) -> Row:
     metadata = kernel.metadata
     code = machine_code.read(kernel.asm["cubin"])
     loop = code.loop if case.arch == 90 and case.dtype != "float32" else Loop()
-    assembled = assemble(case.arch, kernel.asm["ptx"])
     names = kernel.src.fn.arg_names
     block = {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
     return Row(
@@ -274,19 +294,13 @@ def _row(case: Case, name: str, kernel: Any) -> Row:
         tma=code.tma,
         setmaxnreg=code.setmaxnreg,
         **asdict(loop),
-        **assembled,
+        **assembled(kernel),
     )
 
 
-def assemble(arch: int, ptx: str) -> dict[str, int]:
-    """What the assembler of the Triton wheel says of a kernel: registers, bytes spilled, wgmma serialised or not."""
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={sm_arch_from_capability(arch)}", source, "-o", os.devnull]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+def assembled(kernel: Any) -> dict[str, int]:
+    """What the assembler said of a recorded kernel: registers, bytes spilled, wgmma serialised or not."""
+    log = _logs[kernel.hash]
     numbers = {"registers": r"Used (\d+) registers", "spills": r"(\d+) bytes spill stores"}
     found = {name: max(map(int, re.findall(pattern, log))) for name, pattern in numbers.items()}
     return {**found, "serialized": len(re.findall("serialized", log))}
@@ -347,6 +361,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="compile every case and rewrite the table")
     parser.add_argument("--check", action="store_true", help="compile and compare with the table")
+    parser.add_argument("--only", nargs="+", metavar="ARCH-DTYPE-DIM-FEATURE", help="only cases that start so")
     parser.add_argument("--sample", type=int, metavar="N", help="only N cases, drawn at random")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
@@ -355,13 +370,16 @@ def main(arguments: list[str] | None = None) -> int:
         print_model(read_table())
         return 0
     selected = cases()
+    if options.only:
+        selected = [case for case in selected if case.name.startswith(tuple(options.only))]
     if options.sample:
         selected = random.sample(selected, options.sample)
     rows: list[Row] = []
+    kept = [row for row in read_table() if row.case in set(cases()) - set(selected)] if options.write else []
     for found in compile_all(selected, options.workers):
         rows += found
         if options.write:
-            write_table(rows)  # as it goes: minutes of compiling may be cut off
+            write_table(kept + rows)  # as it goes: minutes of compiling may be cut off
     faults = [f"{row.key}: {fault}" for row in rows for fault in row.faults()]
     if options.check:
         known = {row.key: row for row in read_table()}

@@ -13,7 +13,7 @@ import sys
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
-from benchmarks.budget import ARCHITECTURES, SHARED_LIMIT, assemble, recording
+from benchmarks.budget import ARCHITECTURES, SHARED_LIMIT, assembled, recording
 
 DTYPES = ("bfloat16", "float16", "float32")
 COVERAGES = ("none", "of keys", "of queries and keys")
@@ -47,7 +47,6 @@ def compile_kernels(arch: int, dtypes: tuple[str, ...] = DTYPES) -> list[Row]:
     For a process of its own: see ``recording``.
     """
     rows = []
-    assembled: dict[Any, dict[str, int]] = {}  # calls share kernels
     with recording(arch) as compiled:
         import torch
 
@@ -60,9 +59,7 @@ def compile_kernels(arch: int, dtypes: tuple[str, ...] = DTYPES) -> list[Row]:
                     name += " of keys"
                 if name == "additive_scores" and number:
                     name += " of coverage"
-                if kernel.hash not in assembled:
-                    assembled[kernel.hash] = assemble(arch, kernel.asm["ptx"])
-                metadata, found = kernel.metadata, assembled[kernel.hash]
+                metadata, found = kernel.metadata, assembled(kernel)
                 rows.append(
                     Row(
                         name, arch, dtype, coverage, queries, metadata.num_warps, found["registers"], found["spills"],

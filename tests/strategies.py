@@ -13,8 +13,12 @@ _MASK_DTYPES = (None, None, torch.bool, torch.float32, torch.float16, torch.floa
 # Below, at and above tiles of 16 and 32; primes; none at all.
 _LENGTHS = st.one_of(st.integers(0, 40), st.sampled_from((1, 15, 16, 17, 31, 32, 33, 47)))
 _HEAD_DIMS = st.one_of(st.integers(1, 40), st.sampled_from((1, 2, 7, 16, 31, 64, 65, 128, 129, 256)))
-SMALL_TILES = st.sampled_from((Tile(16, 16), Tile(32, 16), Tile(16, 16, ahead=True, apart=True)))
-LARGE_TILES = st.sampled_from((Tile(16, 32), Tile(32, 32), Tile(64, 32), Tile(32, 32, ahead=True, apart=True)))
+SMALL_TILES = st.sampled_from(
+    (Tile(16, 16), Tile(32, 16), Tile(16, 16, ahead=True, apart=True), Tile(16, 16, descriptors=True))
+)
+LARGE_TILES = st.sampled_from(
+    (Tile(16, 32), Tile(32, 32), Tile(64, 32), Tile(32, 32, ahead=True, apart=True, edge_stages=1, descriptors=True))
+)
 
 
 @st.composite

@@ -129,3 +129,4 @@ class Features:
     piece: int
     precision: str
     ahead: bool = False
+    edge_stages: int | None = None

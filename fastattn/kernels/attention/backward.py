@@ -65,7 +65,7 @@ def _walk_keys(
         keys = load_rows(key_rows, DIM, BLOCK_N, BLOCK_D)  # [BN, BD]
         product = product_tile(queries, query_rows, keys, key_rows, F, DIM, BLOCK_M, BLOCK_N)  # [BM, BN]
         dproduct = product
-        if value.pointer is not None:
+        if dweights.pointer is None:
             value_rows = Rows(value, b, h // shape.group, first_column, shape.columns)
             values = load_rows(value_rows, DIM, BLOCK_N, BLOCK_D)
             dproduct = product_tile(douts, dout_rows, values, value_rows, F, DIM, BLOCK_M, BLOCK_N)
@@ -112,7 +112,7 @@ def attention_dquery(
     dout_rows = Rows(dout, b, h, first_row, shape.rows)
     douts = queries
     deltas = tl.zeros([BLOCK_M], tl.float32)
-    if dout.pointer is not None:
+    if dweights.pointer is None:
         douts = load_rows(dout_rows, DIM, BLOCK_M, BLOCK_D)
         deltas = tl.load(delta + place, mask=inside, other=0.0)
     pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
@@ -158,7 +158,7 @@ def _walk_queries(
         dproduct = product
         douts = queries
         deltas = tl.zeros([BLOCK_M], tl.float32)
-        if dout.pointer is not None:
+        if dweights.pointer is None:
             dout_rows = Rows(dout, b, h, first_row, shape.rows)
             douts = load_rows(dout_rows, DIM, BLOCK_M, BLOCK_D)
             if OF_KEY:
@@ -214,7 +214,7 @@ def attention_dkey_dvalue(
     values = keys
     of_key: tl.constexpr = dkey.pointer is not None
     of_value: tl.constexpr = dvalue.pointer is not None
-    if of_key and value.pointer is not None:
+    if of_key and dweights.pointer is None:
         values = load_rows(value_rows, DIM, BLOCK_N, BLOCK_D)
     dkeys = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dvalues = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

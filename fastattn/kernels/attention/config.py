@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,7 @@ class Tile:
     With None the assembler chooses how many; it may then spill a few bytes so that two programs fit where one did.
     ``ahead``: the forward kernel starts the scores of the next tile before the softmax of this one. ``apart``: dkey and
     dvalue get a launch each, which computes the scores once more and holds one of them in registers, not both.
+    ``descriptors``: tiles are read by tensor descriptor, from where ``descriptors`` says that they can be.
     """
 
     block_m: int
@@ -25,6 +26,8 @@ class Tile:
     registers: int | None = None
     ahead: bool = False
     apart: bool = False
+    edge_stages: int | None = None
+    descriptors: bool = False
 
 
 KERNELS = ("forward", "delta", "dquery", "dkey_dvalue", "dmask", "weights")
@@ -83,6 +86,37 @@ _HOPPER_HEAVY = {
     "dkey_dvalue": {128: Tile(16, 64, 4, 2, 255), 256: Tile(16, 128, 8, 2, 255, apart=True)},
     "dmask": {128: Tile(64, 16, 4, 1, 255), 256: Tile(64, 16, 8, 2, 255)},
 }
+# By tensor descriptor no thread holds addresses, and there are registers for larger tiles. On paper, TFLOP/s without
+# overlap and with that of the code as compiled (benchmarks/paper_model.py), causal: at 64, 128 and 256 forward
+# 381 -> 443, 455 -> 584, 464 -> 542 ...
+_HOPPER_PLAIN_DESCRIBED = {
+    "forward": {
+        64: Tile(128, 128, 8, ahead=True, descriptors=True),
+        128: Tile(128, 128, 8, ahead=True, edge_stages=1, descriptors=True),
+        256: Tile(128, 64, 8, descriptors=True),
+    },
+    "dquery": {128: Tile(128, 64, 8, descriptors=True), 256: Tile(128, 32, 8, descriptors=True)},
+    "dkey_dvalue": {
+        64: Tile(64, 128, 8, descriptors=True),
+        128: Tile(32, 128, 8, descriptors=True),
+        256: Tile(32, 128, 8, apart=True, descriptors=True),
+    },
+}
+_HOPPER_HEAVY_DESCRIBED = {
+    "forward": {128: Tile(128, 64, 8, descriptors=True), 256: Tile(128, 32, 8, descriptors=True)},
+    "dquery": {
+        64: Tile(64, 64, 4, descriptors=True),
+        128: Tile(64, 32, 4, descriptors=True),
+        256: Tile(128, 16, 8, descriptors=True),
+    },
+    "dkey_dvalue": {
+        64: Tile(32, 64, 4, descriptors=True),
+        128: Tile(16, 64, 4, descriptors=True),
+        256: Tile(16, 128, 8, apart=True, descriptors=True),
+    },
+}
+_OWN = {(90, False): _HOPPER_PLAIN, (90, True): _HOPPER_HEAVY}
+_DESCRIBED = {(90, False): _HOPPER_PLAIN_DESCRIBED, (90, True): _HOPPER_HEAVY_DESCRIBED}
 # Without tensor cores (IEEE float32) the operands of a product live in registers: small tiles, and small pieces.
 _FLOAT32 = {64: Tile(32, 32, 8, 2, 255), 128: Tile(16, 32, 8, 2, 255), 256: Tile(16, 16, 8, 1, 255)}
 _FLOAT32_HEAVY = {128: Tile(16, 32, 8, 2, 255), 256: Tile(16, 16, 8, 1, 255)}
@@ -90,18 +124,24 @@ _FLOAT32_PIECE = 32
 _DELTA = Tile(64, 16, 4, 1)
 
 
-def tile(kernel: str, dtype: torch.dtype, head_dim: int, *, heavy: bool = False, arch: int = 0) -> Tile:
-    """The tile of a kernel; ``heavy`` where it loads a mask, draws dropout or follows a window; ``arch`` 90 is 9.0."""
+def tile(
+    kernel: str, dtype: torch.dtype, head_dim: int, *, heavy: bool = False, arch: int = 0, described: bool = False
+) -> Tile:
+    """The tile of a kernel; ``heavy`` where it loads a mask, draws dropout or follows a window; ``arch`` 90 is 9.0.
+
+    ``described``: tensor descriptors can be made of all that it reads by tiles.
+    """
     if _override is not None:
-        return _override
+        return _override if described else replace(_override, descriptors=False)
     if kernel == "delta":
         return _DELTA
     if dtype == torch.float32:
         choices = _FLOAT32_HEAVY if heavy and kernel in ("dkey_dvalue", "dmask") else _FLOAT32
     else:
         choices = (_HALF_HEAVY if heavy else _HALF_PLAIN)[kernel]
-        if arch == 90:
-            choices = (_HOPPER_HEAVY if heavy else _HOPPER_PLAIN).get(kernel, choices)
+        choices = _OWN.get((arch, heavy), {}).get(kernel, choices)
+        if described:
+            choices = _DESCRIBED.get((arch, heavy), {}).get(kernel, choices)
     return next(choice for largest, choice in choices.items() if block_d(head_dim) <= largest)
 
 

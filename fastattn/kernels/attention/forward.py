@@ -30,18 +30,19 @@ from fastattn.kernels.attention.primitives import (
 @triton.jit
 def _walk_keys(
     output, total, maximum, product, queries, query_rows, begin, end, b, h, first_row, key, value, scale, masks,
-    dropout, shape, F: tl.constexpr, EDGE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    dropout, shape, F: tl.constexpr, EDGE: tl.constexpr, AHEAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys [begin, end) into (output, total, maximum).
 
-    With F.ahead ``product`` is Q K^T of the first tile, and each pass starts that of the next one before its softmax:
+    If AHEAD ``product`` is Q K^T of the first tile, and each pass starts that of the next one before its softmax:
     the tensor cores work meanwhile, for nothing after the last tile.
     """
-    for first_column in tl.range(begin, end, BLOCK_N):
-        column = first_column + BLOCK_N if F.ahead else first_column
+    STAGES: tl.constexpr = F.edge_stages if EDGE and F.split else None
+    for first_column in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        column = first_column + BLOCK_N if AHEAD else first_column
         started = _products(queries, query_rows, key, b, h, column, shape, F, DIM, BLOCK_D, BLOCK_M, BLOCK_N)
-        if not F.ahead:
+        if not AHEAD:
             product = started
         score, _ = score_tile(
             product, b, h, first_row, first_column, scale, masks, shape, F, EDGE, BLOCK_M, BLOCK_N, False
@@ -60,9 +61,9 @@ def _walk_keys(
         output = output * decay[:, None]
         output = tl.dot(probability.to(values.dtype), values, output, input_precision=F.precision)
         maximum = new_maximum
-        if F.ahead:
+        if AHEAD:
             product = started
-    return output, total, maximum, product
+    return output, total, maximum
 
 
 @triton.jit
@@ -105,11 +106,6 @@ def attention_forward(
     output = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    if sinks is not None:
-        # A sink is a key of value 0 that every row has seen before the first tile.
-        sink = tl.load(sinks + h).to(tl.float32)
-        total += 1.0
-        maximum = tl.zeros([BLOCK_M], tl.float32) + (sink if F.natural else sink * LOG2E)
 
     last_row = tl.minimum(first_row + BLOCK_M, shape.rows) - 1
     begin, end = key_range(batch, first_row, last_row, masks, shape, F, BLOCK_M, BLOCK_N)
@@ -119,15 +115,25 @@ def attention_forward(
         product = _products(queries, query_rows, key, b, h, begin, shape, F, DIM, BLOCK_D, BLOCK_M, BLOCK_N)
     if F.split:
         edge = last_full_key(begin, end, first_row, shape, F, BLOCK_N)
-        output, total, maximum, product = _walk_keys(
+        output, total, maximum = _walk_keys(
             output, total, maximum, product, queries, query_rows, begin, edge, b, h, first_row, key, value, scale,
-            masks, dropout, shape, F, False, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            masks, dropout, shape, F, False, F.ahead, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    output, total, maximum, product = _walk_keys(
+    output, total, maximum = _walk_keys(
         output, total, maximum, product, queries, query_rows, edge, end, b, h, first_row, key, value, scale,
-        masks, dropout, shape, F, True, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        masks, dropout, shape, F, True, F.ahead and not F.split, DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
+    if sinks is not None:
+        # A sink is one more key, of value 0, that every row sees. Behind the loops it takes none of their registers.
+        sink = tl.load(sinks + h).to(tl.float32)
+        sink = tl.zeros([BLOCK_M], tl.float32) + (sink if F.natural else sink * LOG2E)
+        last_maximum = tl.maximum(maximum, sink)
+        pivot = tl.where(last_maximum == float("-inf"), 0.0, last_maximum)
+        decay = exponential(maximum - pivot, F)
+        total = total * decay + exponential(sink - pivot, F)
+        output *= decay[:, None]
+        maximum = last_maximum
     empty = total == 0.0
     safe_total = tl.where(empty, 1.0, total)
     output = output * (dropout.keep_scale / safe_total)[:, None]

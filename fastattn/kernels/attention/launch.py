@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ try:
     import triton
     from triton.runtime.interpreter import InterpretedFunction
 
-    from fastattn.kernels.attention import backward, forward, mask_gradient, padding, segments, weights
+    from fastattn.kernels.attention import backward, descriptors, forward, mask_gradient, padding, segments, weights
 except ImportError as error:
     _MISSING: str | None = f"triton cannot be imported ({error}); run: pip install 'triton>=3.6,<3.10'"
     INTERPRETED = False
@@ -124,13 +125,22 @@ class Problem:
         reach = self.rows + self.columns
         return 0 if bound is None else min(max(bound, -reach), reach)
 
-    def tile(self, name: str) -> config.Tile:
-        return config.tile(name, self.dtype, self.head_dim, heavy=self.heavy, arch=architecture(self.device))
+    def tile(self, name: str, tensors: Mapping[str, Any]) -> config.Tile:
+        """The tile of a kernel that reads ``tensors``."""
+        choose = partial(
+            config.tile, name, self.dtype, self.head_dim, heavy=self.heavy, arch=architecture(self.device)
+        )
+        tile = choose(described=True)
+        if tile.descriptors and not (self.packed is NOT_PACKED and descriptors.possible(tensors)):
+            tile = choose(described=False)
+        return tile
 
     def launch(self, name: str, kernel: Any, programs: Callable[[config.Tile], int], **arguments: Any) -> None:
         """Run one kernel with the tile chosen for it; ``programs`` gives the size of the grid."""
-        tile = self.tile(name)
-        features = replace(self.features, ahead=True) if tile.ahead else self.features
+        tile = self.tile(name, arguments)
+        features = replace(self.features, ahead=tile.ahead, edge_stages=tile.edge_stages)
+        if tile.descriptors:
+            arguments |= descriptors.of(arguments, tile, config.block_d(self.head_dim))
         with on(self.device):
             kernel[(programs(tile),)](
                 masks=self.masks, shape=self.shape, F=features, DIM=self.head_dim,
@@ -277,7 +287,7 @@ def _launch_gradients(
         **common, dquery=_heads(dquery), dlogsumexp=dlogsumexp, scale=shared.scale, score_scale=shared.score_scale,
         packed=shared.packed,
     )  # fmt: skip
-    apart = dvalue is not None and shared.tile("dkey_dvalue").apart
+    apart = dvalue is not None and shared.tile("dkey_dvalue", common).apart
     wanted: list[tuple[Tensor | None, Tensor | None]] = [(dkey, None), (None, dvalue)] if apart else [(dkey, dvalue)]
     for of_key, of_value in wanted:
         shared.launch(

@@ -49,7 +49,7 @@ def attention_dmask(
                 dout_rows = Rows(dout, b, h, first_row, shape.rows)
                 douts = queries
                 deltas = tl.zeros([BLOCK_M], tl.float32)
-                if dout.pointer is not None:
+                if dweights.pointer is None:
                     douts = load_rows(dout_rows, DIM, BLOCK_M, BLOCK_D)
                     deltas = tl.load(delta + place, mask=inside, other=0.0)
                 pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
@@ -58,7 +58,7 @@ def attention_dmask(
                     keys = load_rows(key_rows, DIM, BLOCK_N, BLOCK_D)
                     product = product_tile(queries, query_rows, keys, key_rows, F, DIM, BLOCK_M, BLOCK_N)
                     dproduct = product
-                    if value.pointer is not None:
+                    if dweights.pointer is None:
                         value_rows = Rows(value, b, h // shape.group, first_column, shape.columns)
                         values = load_rows(value_rows, DIM, BLOCK_N, BLOCK_D)
                         dproduct = product_tile(douts, dout_rows, values, value_rows, F, DIM, BLOCK_M, BLOCK_N)

@@ -65,14 +65,19 @@ def probability_tile(score, pivot, rest, F: tl.constexpr):
 def load_rows(rows, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, first_feature=0):
     """BLOCK rows from ``rows.first`` on as (BLOCK, BLOCK_D); past the length and DIM reads 0.
 
-    ``first_feature``: where its BLOCK_D features start.
+    ``first_feature``: where its BLOCK_D features start. A descriptor's tiles have one size, and its tensor one length.
     """
-    local = tl.arange(0, BLOCK)[:, None]
-    offset = first_feature + tl.arange(0, BLOCK_D)[None, :]
-    inside = rows.first + local < rows.length
-    if DIM % BLOCK_D != 0:
-        inside = inside & (offset < DIM)
-    return tl.load(_start(rows) + (local * rows.tensor.row + offset), mask=inside, other=0.0)
+    if isinstance(rows.tensor, tl.tensor_descriptor):
+        place = [tl.cast(rows.batch, tl.int32), tl.cast(rows.head, tl.int32), rows.first, 0]
+        result = tl.reshape(rows.tensor.load(place), [BLOCK, BLOCK_D])
+    else:
+        local = tl.arange(0, BLOCK)[:, None]
+        offset = first_feature + tl.arange(0, BLOCK_D)[None, :]
+        inside = rows.first + local < rows.length
+        if DIM % BLOCK_D != 0:
+            inside = inside & (offset < DIM)
+        result = tl.load(_start(rows) + (local * rows.tensor.row + offset), mask=inside, other=0.0)
+    return result
 
 
 @triton.jit
@@ -238,7 +243,7 @@ def score_tile(
     the gradients load their logsumexp as -inf.
     """
     row, column = tile_positions(BLOCK_M, BLOCK_N, TRANSPOSED)
-    inside_column = first_column + column < shape.columns
+    inside_column = column < shape.columns - first_column
     score, slope = capped(product * scale, masks.cap, F)
     if masks.mask is not None:
         start = masks.mask + b * masks.mask_batch + h * masks.mask_head
