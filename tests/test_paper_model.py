@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks import budget, machine_code, paper_model
@@ -70,6 +72,12 @@ def test_the_model_of_a_forward_pass(head_dim: int, tensor: int, no_overlap: flo
     assert (bound.clocks["tensor"], bound.clocks["exponentials"], bound.redundant) == (tensor, 1056, 1.0)
     assert bound.no_overlap == pytest.approx(no_overlap, abs=1)
     assert bound.overlap == pytest.approx(overlap, abs=1)
+    assert bound.as_compiled == bound.no_overlap
+    hidden = paper_model.bound(
+        "attention_forward", head_dim, 128, 128, 8, replace(loop, overlapped=loop.exponentials), wgmma=True
+    )
+    assert hidden is not None
+    assert hidden.as_compiled == hidden.overlap == bound.overlap
 
 
 def test_a_kernel_without_matrix_products_has_no_model() -> None:

@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 
 
 class Heads(NamedTuple):
-    """A (B, H, L, D) tensor: pointer and strides in elements; the last dimension is contiguous."""
+    """A (B, H, L, D) tensor: pointer and strides in elements; the last dimension is contiguous.
+
+    Where a kernel only reads tiles of it, a descriptor may stand in its place (``descriptors``).
+    """
 
     pointer: Any
     batch: Any
@@ -114,7 +117,7 @@ class Features:
     ``natural``: scores in natural units, because a float mask needs them (see score_tile). ``split``: tiles that
     nothing cuts run in a loop of their own without the comparisons; a second copy of a loop that also loads masks or
     draws dropout costs more registers than the comparisons cost time. ``piece``: see product_tile. ``ahead``: see the
-    forward kernel.
+    forward kernel. ``edge_stages``: see ``config.Tile``.
     """
 
     mask_bool: bool

@@ -16,7 +16,8 @@ class Tile:
     With None the assembler chooses how many; it may then spill a few bytes so that two programs fit where one did.
     ``ahead``: the forward kernel starts the scores of the next tile before the softmax of this one. ``apart``: dkey and
     dvalue get a launch each, which computes the scores once more and holds one of them in registers, not both.
-    ``descriptors``: tiles are read by tensor descriptor, from where ``descriptors`` says that they can be.
+    ``edge_stages``: stages where the forward kernel walks over tiles that something cuts, in a loop of their own.
+    ``descriptors``: what is read by tiles is read by tensor descriptor.
     """
 
     block_m: int
@@ -86,9 +87,16 @@ _HOPPER_HEAVY = {
     "dkey_dvalue": {128: Tile(16, 64, 4, 2, 255), 256: Tile(16, 128, 8, 2, 255, apart=True)},
     "dmask": {128: Tile(64, 16, 4, 1, 255), 256: Tile(64, 16, 8, 2, 255)},
 }
-# By tensor descriptor no thread holds addresses, and there are registers for larger tiles. On paper, TFLOP/s without
-# overlap and with that of the code as compiled (benchmarks/paper_model.py), causal: at 64, 128 and 256 forward
-# 381 -> 443, 455 -> 584, 464 -> 542 ...
+# By tensor descriptor no thread holds addresses, and there are registers for larger tiles. TFLOP/s on paper of causal
+# calls, without overlap and as compiled, by pointers and by descriptors:
+#                    64                       128                      256
+#     forward        381, 541 -> 442, 692     455, 874 -> 584, 940     464, 464 -> 542, 542
+#     dquery         440, 759 -> 518, 949     457, 810 -> 518, 949     393, 531 -> 438, 813
+#     dkey_dvalue    416, 690 -> 460, 779     394, 552 -> 434, 799     376, 536 -> 414, 569 of dkey
+#                                                                      197, 197 -> 227, 227 of dvalue
+# Forward at 128 a pipeline over the edge as well would spill 16 bytes. Tried and not taken: 128 queries of 128 keys for
+# dquery (at 64 as compiled 821; at 128 it spills 92 bytes), 64 of 128 for dkey_dvalue at 128 (949 without a causal
+# mask, with one it spills 56 bytes), for forward at 256 the scores ahead (spills 12 to 136 bytes).
 _HOPPER_PLAIN_DESCRIBED = {
     "forward": {
         64: Tile(128, 128, 8, ahead=True, descriptors=True),
@@ -115,8 +123,30 @@ _HOPPER_HEAVY_DESCRIBED = {
         256: Tile(16, 128, 8, apart=True, descriptors=True),
     },
 }
+# On sm_100 a tcgen05 instruction multiplies 128 rows at full speed: of queries, in dkey_dvalue of keys.
+_BLACKWELL_PLAIN_DESCRIBED = {
+    "forward": {128: Tile(128, 128, 8, ahead=True, descriptors=True), 256: Tile(128, 64, 8, descriptors=True)},
+    "dquery": {128: Tile(128, 128, 8, descriptors=True), 256: Tile(128, 32, 8, descriptors=True)},
+    "dkey_dvalue": {
+        128: Tile(64, 128, 8, descriptors=True),
+        256: Tile(32, 128, 8, apart=True, descriptors=True),
+    },
+}
+_BLACKWELL_HEAVY_DESCRIBED = {
+    "forward": {128: Tile(128, 64, 8, descriptors=True), 256: Tile(128, 32, 8, descriptors=True)},
+    "dquery": {128: Tile(128, 64, 8, descriptors=True), 256: Tile(128, 32, 8, descriptors=True)},
+    "dkey_dvalue": {
+        128: Tile(32, 128, 8, descriptors=True),
+        256: Tile(16, 128, 8, apart=True, descriptors=True),
+    },
+}
 _OWN = {(90, False): _HOPPER_PLAIN, (90, True): _HOPPER_HEAVY}
-_DESCRIBED = {(90, False): _HOPPER_PLAIN_DESCRIBED, (90, True): _HOPPER_HEAVY_DESCRIBED}
+_DESCRIBED = {
+    (90, False): _HOPPER_PLAIN_DESCRIBED,
+    (90, True): _HOPPER_HEAVY_DESCRIBED,
+    (100, False): _BLACKWELL_PLAIN_DESCRIBED,
+    (100, True): _BLACKWELL_HEAVY_DESCRIBED,
+}
 # Without tensor cores (IEEE float32) the operands of a product live in registers: small tiles, and small pieces.
 _FLOAT32 = {64: Tile(32, 32, 8, 2, 255), 128: Tile(16, 32, 8, 2, 255), 256: Tile(16, 16, 8, 1, 255)}
 _FLOAT32_HEAVY = {128: Tile(16, 32, 8, 2, 255), 256: Tile(16, 16, 8, 1, 255)}

@@ -1,7 +1,8 @@
 """Tensor descriptors of what a kernel reads by tiles: the copy engine (TMA) fetches a tile from its coordinates.
 
 No thread then holds addresses or comparisons for it: a forward tile of 128 x 128 at head dimension 128 takes 188
-registers, not 242. What lies past the rows and features of a tensor reads 0.
+registers, not 242. What lies past the rows and features of a tensor reads 0. To look at a tensor and describe it takes
+the host some 4 us at every launch, before the driver encodes it.
 """
 
 from __future__ import annotations
@@ -44,6 +45,6 @@ def of(tensors: Mapping[str, Any], tile: Tile, block_d: int) -> dict[str, Tensor
 
 
 def _of_heads(heads: Heads, block: int, block_d: int) -> TensorDescriptor:
-    shape = heads.pointer.shape
-    strides = [0 if size == 1 else stride for size, stride in zip(shape, heads[1:], strict=False)]
-    return TensorDescriptor(heads.pointer, list(shape), [*strides, 1], [1, 1, block, block_d])
+    shape = list(heads.pointer.shape)
+    strides = [stride if size > 1 else _ALIGNED for size, stride in zip(shape, heads[1:], strict=False)]
+    return TensorDescriptor(heads.pointer, shape, [*strides, 1], [1, 1, block, block_d])

@@ -2,7 +2,7 @@
 
 One program owns BLOCK_M queries of one head and walks over the keys they can see:
 
-    m = sink, l = 1, or m = -inf, l = 0 without one
+    m = -inf, l = 0
     m' = max(m, max_j S_ij),   a = exp(m - m'),   P_ij = exp(S_ij - m')
     l  = a l + sum_j P_ij,     O_i = a O_i + sum_j keep_ij P_ij v_j
     at the end   O_i / (l (1 - dropout_p)),   LSE_i = m + log l
@@ -125,7 +125,7 @@ def attention_forward(
     )  # fmt: skip
 
     if sinks is not None:
-        # A sink is one more key, of value 0, that every row sees. Behind the loops it takes none of their registers.
+        # A sink is one more key, of value 0, that every row sees: here, where it takes no registers from the loops.
         sink = tl.load(sinks + h).to(tl.float32)
         sink = tl.zeros([BLOCK_M], tl.float32) + (sink if F.natural else sink * LOG2E)
         last_maximum = tl.maximum(maximum, sink)
