@@ -376,11 +376,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.sample:
         selected = random.sample(selected, options.sample)
     rows: list[Row] = []
-    kept = [row for row in read_table() if row.case in set(cases()) - set(selected)] if options.write else []
+    kept = [row for row in read_table() if row.case in set(cases())] if options.write else []
     for found in compile_all(selected, options.workers):
         rows += found
-        if options.write:
-            write_table(kept + rows)  # as it goes: minutes of compiling may be cut off
+        if options.write:  # as it goes: minutes of compiling may be cut off
+            kept = [row for row in kept if row.case != found[0].case]
+            write_table(kept + rows)
     faults = [f"{row.key}: {fault}" for row in rows for fault in row.faults()]
     if options.check:
         known = {row.key: row for row in read_table()}

@@ -2,8 +2,8 @@
 
 A pass of the loop takes a pipe (work of all warps) / (work per clock of one SM) clocks. With perfect overlap the
 slowest pipe sets the pace; without any, the tensor cores and the slowest of the others take turns. Code as compiled
-stands between: it hides the share of its exponentials that lie between a wgmma and the wait for it. Latencies, barriers,
-the memory of the chip and the ends of loops come on top.
+stands between: it hides the share of its exponentials that lie between a wgmma and the wait for it. Latencies,
+barriers, the memory of the chip and the ends of loops come on top.
 
 Rates per clock and SM: "CUDA C++ Programming Guide", throughput of arithmetic instructions, for compute capability
 9.0; tensor cores from the data sheet of the H100/H200 SXM (989 TFLOP/s dense bfloat16 over 132 SMs at 1.83 GHz).

@@ -38,3 +38,13 @@ def test_half_precision_uses_tensor_cores() -> None:
 
 def test_nothing_spills() -> None:
     assert [(row.key, row.spills) for row in budget.read_table() if row.spills] == []
+
+
+def test_tiles_are_read_by_descriptor_where_there_are_any() -> None:
+    """Plain calls of half precision on sm_90 and sm_100; nowhere packed sequences, or batches that share their keys."""
+    for row in budget.read_table():
+        reads_tiles = row.kernel.startswith(("attention_forward", "attention_dquery", "attention_dkey_dvalue"))
+        if row.arch == 80 or row.dtype == "float32" or "packed" in row.feature or "expanded" in row.feature:
+            assert row.tma == 0, row
+        elif row.feature in ("plain", "causal") and reads_tiles and "of weights" not in row.kernel:
+            assert row.tma > 0, row

@@ -77,12 +77,12 @@ _HALF_HEAVY = {
 # of 64 keys, of whose products a third is thrown away: 138 TFLOP/s on paper. Apart, each in 32 queries of 128 keys,
 # they take 0.45 of that time, though the scores are computed twice.
 _HOPPER_PLAIN = {
-    "forward": {128: Tile(128, 64, 8, ahead=True), 256: Tile(128, 64, 8)},
+    "forward": {128: Tile(128, 64, 8, ahead=True), 256: Tile(128, 32, 8)},
     "dquery": {128: Tile(128, 64, 8), 256: Tile(128, 32, 8)},
     "dkey_dvalue": {64: Tile(64, 128, 8), 128: Tile(32, 128, 8), 256: Tile(32, 128, 8, apart=True)},
 }
 _HOPPER_HEAVY = {
-    "forward": {128: Tile(128, 64, 8, 2, 255), 256: Tile(128, 32, 8, 2, 255)},
+    "forward": {64: Tile(128, 64, 8, 2, 255), 128: Tile(128, 32, 8), 256: Tile(128, 16, 8)},
     "dquery": {128: Tile(64, 32, 4, 2, 255), 256: Tile(128, 16, 8, 2, 255)},
     "dkey_dvalue": {128: Tile(16, 64, 4, 2, 255), 256: Tile(16, 128, 8, 2, 255, apart=True)},
     "dmask": {128: Tile(64, 16, 4, 1, 255), 256: Tile(64, 16, 8, 2, 255)},
@@ -96,7 +96,9 @@ _HOPPER_HEAVY = {
 #                                                                      197, 197 -> 227, 227 of dvalue
 # Forward at 128 a pipeline over the edge as well would spill 16 bytes. Tried and not taken: 128 queries of 128 keys for
 # dquery (at 64 as compiled 821; at 128 it spills 92 bytes), 64 of 128 for dkey_dvalue at 128 (949 without a causal
-# mask, with one it spills 56 bytes), for forward at 256 the scores ahead (spills 12 to 136 bytes).
+# mask, with one it spills 56 bytes), for forward at 256 the scores ahead (spills 12 to 136 bytes); forward at 128 in a
+# persistent grid (the loop around spills 196 bytes, 492 with a causal mask) and with warp_specialize=True (triton 3.9
+# refuses host descriptors from 128 rows on; compiled by 3.6, 584 as here but none of 66 exponentials overlapped).
 _HOPPER_PLAIN_DESCRIBED = {
     "forward": {
         64: Tile(128, 128, 8, ahead=True, descriptors=True),
@@ -110,11 +112,12 @@ _HOPPER_PLAIN_DESCRIBED = {
         256: Tile(32, 128, 8, apart=True, descriptors=True),
     },
 }
+# At 256 forward calls with a mask alone have every wgmma serialised by the assembler, as at 64 by pointers, too.
 _HOPPER_HEAVY_DESCRIBED = {
     "forward": {128: Tile(128, 64, 8, descriptors=True), 256: Tile(128, 32, 8, descriptors=True)},
     "dquery": {
         64: Tile(64, 64, 4, descriptors=True),
-        128: Tile(64, 32, 4, descriptors=True),
+        128: Tile(64, 32, 4, 2, 255),  # with a mask the assembler would serialise every wgmma
         256: Tile(128, 16, 8, descriptors=True),
     },
     "dkey_dvalue": {
@@ -133,10 +136,10 @@ _BLACKWELL_PLAIN_DESCRIBED = {
     },
 }
 _BLACKWELL_HEAVY_DESCRIBED = {
-    "forward": {128: Tile(128, 64, 8, descriptors=True), 256: Tile(128, 32, 8, descriptors=True)},
-    "dquery": {128: Tile(128, 64, 8, descriptors=True), 256: Tile(128, 32, 8, descriptors=True)},
+    "forward": {128: Tile(128, 64, 8, 2, 255, descriptors=True), 256: Tile(128, 32, 8, descriptors=True)},
+    "dquery": {128: Tile(128, 64, 8, 2, 255, descriptors=True), 256: Tile(128, 32, 8, descriptors=True)},
     "dkey_dvalue": {
-        128: Tile(32, 128, 8, descriptors=True),
+        128: Tile(32, 128, 8, 2, 255, descriptors=True),
         256: Tile(16, 128, 8, apart=True, descriptors=True),
     },
 }
