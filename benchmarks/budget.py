@@ -7,7 +7,7 @@
 
 The kernels are compiled by the launching code itself, on tensors without storage, for sm_80, sm_90 and sm_100: what is
 measured is what a user's first call compiles. Registers, spills and shared memory are the assembler's own figures;
-tensor-core instructions are counted in the PTX (mma, wgmma, tcgen05), those of the inner loop in the machine code.
+products (mma, wgmma, tcgen05), TMA and setmaxnreg are counted in the PTX, the inner loop in the machine code.
 """
 
 from __future__ import annotations
@@ -278,8 +278,8 @@ def _call(torch: Any, case: Case) -> None:
 
 def _row(case: Case, name: str, kernel: Any) -> Row:
     metadata = kernel.metadata
-    code = machine_code.read(kernel.asm["cubin"])
-    loop = code.loop if case.arch == 90 and case.dtype != "float32" else Loop()
+    ptx = kernel.asm["ptx"]
+    loop = machine_code.read(kernel.asm["cubin"]) if case.arch == 90 and case.dtype != "float32" else Loop()
     names = kernel.src.fn.arg_names
     block = {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
     return Row(
@@ -289,10 +289,10 @@ def _row(case: Case, name: str, kernel: Any) -> Row:
         warps=metadata.num_warps,
         stages=metadata.num_stages,
         shared=metadata.shared,
-        tensor_core=len(re.findall(_TENSOR_CORE[case.arch], kernel.asm["ptx"])),
-        mma=len(re.findall(_TENSOR_CORE[80], kernel.asm["ptx"])),
-        tma=code.tma,
-        setmaxnreg=code.setmaxnreg,
+        tensor_core=len(re.findall(_TENSOR_CORE[case.arch], ptx)),
+        mma=len(re.findall(_TENSOR_CORE[80], ptx)),
+        tma=len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+        setmaxnreg=len(re.findall("setmaxnreg", ptx)),
         **asdict(loop),
         **assembled(kernel),
     )

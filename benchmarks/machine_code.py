@@ -32,14 +32,7 @@ class Loop:
     overlapped: int = 0  # exponentials between the issue of a wgmma and the wait for it
 
 
-@dataclass(frozen=True)
-class MachineCode:
-    tma: int  # loads and stores by tensor descriptor
-    setmaxnreg: int
-    loop: Loop
-
-
-def read(cubin: bytes) -> MachineCode:
+def read(cubin: bytes) -> Loop:
     """The counts of a compiled kernel, by the disassembler of the Triton wheel."""
     from triton import knobs
 
@@ -50,7 +43,7 @@ def read(cubin: bytes) -> MachineCode:
         return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def parse(sass: str) -> MachineCode:
+def parse(sass: str) -> Loop:
     """The counts of disassembled code."""
     instructions: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
@@ -68,11 +61,7 @@ def parse(sass: str) -> MachineCode:
         (begin, end) for begin, end in bodies if not any(begin <= other < end for _, other in bodies)
     ]
     loops = [_count(instructions[begin : end + 1]) for begin, end in innermost]
-    return MachineCode(
-        tma=sum(name.startswith(("UTMALDG", "UTMASTG")) for name, _ in instructions),
-        setmaxnreg=sum(name.startswith("USETMAXREG") for name, _ in instructions),
-        loop=max(loops, key=lambda loop: (loop.flops, -loop.issued), default=Loop()),
-    )
+    return max(loops, key=lambda loop: (loop.flops, -loop.issued), default=Loop())
 
 
 def _count(body: list[tuple[str, str]]) -> Loop:
