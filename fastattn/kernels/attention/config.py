@@ -143,9 +143,15 @@ _BLACKWELL_HEAVY_DESCRIBED = {
         256: Tile(16, 128, 8, apart=True, descriptors=True),
     },
 }
-# By pointers sm_80's, without the assembler's choice of 128 registers and 12 bytes spilled.
+# By pointers sm_80's, without the assembler's choice of 128 registers and 12 or 16 bytes spilled.
 _BLACKWELL_PLAIN = {"dquery": {64: Tile(64, 64, 8), 128: Tile(64, 64, 8, 2, 255), 256: Tile(64, 32, 8)}}
-_OWN = {(90, False): _HOPPER_PLAIN, (90, True): _HOPPER_HEAVY, (100, False): _BLACKWELL_PLAIN}
+_BLACKWELL_HEAVY = {"dquery": {128: Tile(64, 32, 8), 256: Tile(64, 16, 8, 2, 255)}}
+_OWN = {
+    (90, False): _HOPPER_PLAIN,
+    (90, True): _HOPPER_HEAVY,
+    (100, False): _BLACKWELL_PLAIN,
+    (100, True): _BLACKWELL_HEAVY,
+}
 _DESCRIBED = {
     (90, False): _HOPPER_PLAIN_DESCRIBED,
     (90, True): _HOPPER_HEAVY_DESCRIBED,
