@@ -69,7 +69,7 @@ fastattn::LstmStepBackward lstm_step_backward(
       {grad_out, grad_h_n, grad_c_n}, {input, {}, h0, c0, std::move(weights)}, out, gates, cells, input_grad);
 }
 
-// The same for a cell, whose input is (B, I) and whose states are (B, H). Views made here are no nodes of a graph.
+// Both for a cell, whose input is (B, I) and whose states are (B, H). Views made here are no nodes of a graph.
 fastattn::LstmForward lstm_cell_forward(at::Tensor input, at::Tensor h0, at::Tensor c0, Tensors weights, bool save) {
   auto [out, h_n, c_n, gates, cells] = fastattn::lstm_forward_cpu(
       {input.unsqueeze(0), {}, h0.unsqueeze(0), c0.unsqueeze(0), std::move(weights)}, save);

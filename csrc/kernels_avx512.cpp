@@ -20,6 +20,7 @@ constexpr int kLanes = 16, kMaxVectors = 4, kAccumulators = 24, kMaxRows = 12;
 #define FASTATTN_AVX512
 #define FASTATTN_F16C
 #define FASTATTN_RECIPROCAL_ESTIMATE(x) (vec) __builtin_ia32_rcp14ps512_mask(x, x, 0xffff)
+// All lanes (0xffff), and the rounding that is set (4).
 #define FASTATTN_MAX(a, b) (vec) __builtin_ia32_maxps512_mask(a, b, a, 0xffff, 4)
 #define FASTATTN_MIN(a, b) (vec) __builtin_ia32_minps512_mask(a, b, a, 0xffff, 4)
 #define ISA avx512

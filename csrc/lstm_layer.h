@@ -88,7 +88,7 @@ class FlushDenormals {
 template <class F>
 void run_parts(const LstmShape& shape, LstmForm form, F f) {
   const int64_t threads = std::max<int64_t>(at::get_num_threads(), 1);
-  std::vector<Barrier> barriers(static_cast<size_t>(threads + shape.directions));
+  std::vector<Barrier> barriers(static_cast<size_t>(threads * shape.directions));  // at most so many groups
   const std::vector<Floats> scratch = [&] {
     std::vector<Floats> each;
     const int64_t depth = shape.inputs + shape.state + 4 * shape.units();

@@ -68,15 +68,14 @@ __attribute__((always_inline)) static inline Exponential exponential(vec x) {
   return {q * (r * r) + r, (ivec)shifted << 23};
 }
 
-// exp(x) within 2 units in the last place, for -87 <= x <= 88.
-__attribute__((always_inline)) static inline vec exp_in_range(vec x) {
-  const Exponential e = exponential(x);
-  return (vec)((ivec)(e.m + 1.0f) + e.n);
-}
+// 2**n
+static inline vec power(Exponential e) { return (vec)(e.n + 0x3f800000); }
 
-// The same for x <= 88; 0 below the smallest normal result, NaN for any NaN.
+// exp(x) within 2 units in the last place for x <= 88; 0 below the smallest normal result, NaN for any NaN.
 __attribute__((always_inline)) static inline vec exp(vec x) {
-  return x >= -87.0f ? exp_in_range(x) : max(vec{}, x);  // of what is not greater than 0, max keeps NaN
+  const Exponential e = exponential(x);
+  const vec result = (vec)((ivec)(e.m + 1.0f) + e.n);
+  return x >= -87.0f ? result : max(vec{}, x);  // of what is not greater than 0, max keeps NaN
 }
 
 // a / b for normal b, 1 / b and quotients, within 1 unit in the last place. The AVX-512 division of 16 numbers takes as
@@ -90,9 +89,11 @@ static inline vec quotient(vec a, vec b) {
 #endif
 }
 
-// 1 / (1 + exp(-x)) within 3 units in the last place; about the smallest normal number where it would be less.
+// 1 / (1 + exp(-x)) within 3 units in the last place; about the smallest normal number where it would be less, NaN for
+// any NaN: m is one, where bits added to bits could be a number.
 __attribute__((always_inline)) static inline vec sigmoid(vec x) {
-  return quotient(splat(1.0f), 1.0f + exp_in_range(-clamp(x, 87.0f)));
+  const Exponential e = exponential(-clamp(x, 87.0f));
+  return quotient(splat(1.0f), power(e) * e.m + (power(e) + 1.0f));
 }
 
 // tanh(x) = u / (u + 2) with u = exp(2 x) - 1, within 3 units in the last place, near 0 too; NaN for NaN. From |x| = 9.01
@@ -100,8 +101,7 @@ __attribute__((always_inline)) static inline vec sigmoid(vec x) {
 __attribute__((always_inline)) static inline vec tanh(vec x) {
   const vec inside = clamp(x, 10.0f);
   const Exponential e = exponential(inside + inside);
-  const vec power = (vec)(e.n + 0x3f800000);
-  const vec u = power * e.m + (power - 1.0f);
+  const vec u = power(e) * e.m + (power(e) - 1.0f);
   return quotient(u, u + 2.0f);
 }
 

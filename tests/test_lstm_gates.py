@@ -56,6 +56,14 @@ def test_tanh() -> None:
     assert got[NUMBERS >= 10].min() == 1
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F8000C0, 0x7FC001FF], ids=hex)
 @pytest.mark.parametrize(("gate", "opened"), [(FORGET, None), (CELL, INPUT)])
-def test_nan_stays(gate: int, opened: int | None) -> None:
-    assert one_gate(torch.tensor([torch.nan]), gate, 1.0, opened).isnan().all()
+def test_nan_stays(gate: int, opened: int | None, bits: int) -> None:
+    """With any payload, which arithmetic on the bits of a number could make one of."""
+    weights = [torch.zeros(4, 1), torch.zeros(4, 1), torch.zeros(4), torch.zeros(4)]
+    weights[2][gate] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    if opened is not None:
+        weights[2][opened] = 50.0
+    one = torch.ones(1, 1, 1)
+    _, _, c_n, *_ = torch.ops.fastattn.lstm_layer(one, None, one, one, weights, False, "cpu")
+    assert c_n.isnan().all()

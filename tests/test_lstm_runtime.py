@@ -58,7 +58,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert run(script) == "0\n"
 
 
-@pytest.mark.parametrize("shape", [(5, 40, 24, 48), (4, 2, 300, 320), (3, 5, 512, 512)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 40, 24, 48), (4, 2, 300, 320), (3, 5, 512, 512), (2, 192, 32, 640)], ids=str)
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_number_of_threads(

@@ -64,8 +64,8 @@ class _Extension(torch.autograd.Function):
     """A layer of the extension, or a stack of them."""
 
     @staticmethod
-    def forward(ctx: Any, kernels: tuple[str, bool], *inputs: Any) -> Results:
-        ctx.backend, ctx.stacked = kernels
+    def forward(ctx: Any, backend_and_stacked: tuple[str, bool], *inputs: Any) -> Results:
+        ctx.backend, ctx.stacked = backend_and_stacked
         input, batch_sizes, h0, c0, *weights = inputs
         of_kind = extension.layers_forward if ctx.stacked else extension.forward
         out, h_n, c_n, *saved = of_kind[ctx.backend](input, batch_sizes, h0, c0, weights, True)

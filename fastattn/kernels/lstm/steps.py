@@ -31,11 +31,13 @@ class _Pending:
 
     def __init__(self) -> None:
         self.rows: list[tuple[Tensor, Tensor, Tensor]] = []  # dG (B, 4H), x (B, I), h (B, H)
+        self.versions: list[tuple[int, int]] = []  # of x and h
         self.waiting = 0
         self.sums: list[Tensor] = []
 
     def add(self, dsums: Tensor, input: Tensor, hidden: Tensor) -> None:
         self.rows.append((dsums, input, hidden))
+        self.versions.append((input._version, hidden._version))
         self.waiting += dsums.shape[0]
         if self.waiting >= _ROWS:
             self.take()
@@ -44,6 +46,11 @@ class _Pending:
         """Make the rows that wait a part of the gradients."""
         if not self.rows:
             return
+        if [(input._version, hidden._version) for _, input, hidden in self.rows] != self.versions:
+            raise RuntimeError(
+                "LSTM: an input or a state of a step has been modified by an inplace operation during the backward, "
+                "before the gradients of the weights were computed from it"
+            )
         dsums, inputs, hidden = (torch.cat(parts) for parts in zip(*self.rows, strict=True))
         turned = dsums.t()
         more = [mm(turned, inputs.to(dsums.dtype)), mm(turned, hidden.to(dsums.dtype)), dsums.sum(0)]
@@ -52,15 +59,15 @@ class _Pending:
                 total += part
         else:
             self.sums = [part.float() for part in more]
-        self.rows, self.waiting = [], 0
+        self.rows, self.versions, self.waiting = [], [], 0
 
 
 class _Shared:
     """The node that takes the gradients of some weights: ``token`` is its result, an argument of every step."""
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
+    def __init__(self, key: _Key, weights: Sequence[Tensor]) -> None:
         self.pending: dict[int, _Pending] = {}  # by the number that autograd gives a backward
-        self.token = _weight_gradients(self.pending, *weights)
+        self.token = _weight_gradients(key, self.pending, *weights)
         self.ends: tuple[Any, ...] = _next(self.token)[-len(weights) :]
 
     def takes(self, step: Tensor) -> bool:
@@ -72,8 +79,9 @@ class _Shared:
         return all(one[0] is other[0] for one, other in nodes)
 
 
-# Those in use, by weights. The node of a step keeps its entry alive.
-_in_use: weakref.WeakValueDictionary[tuple[Any, ...], _Shared] = weakref.WeakValueDictionary()
+# Those that steps to come may share, by weights. The node of a step keeps its entry alive.
+_Key = tuple[tuple[int, bool], ...]
+_in_use: weakref.WeakValueDictionary[_Key, _Shared] = weakref.WeakValueDictionary()
 
 
 def serve(input: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -99,7 +107,7 @@ def step(input: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor]) -> Re
         results = _step(shared, shared.token, input, h0, c0, *weights)
         if shared.takes(results[0]):
             return results
-    shared = _in_use[key] = _Shared(weights)
+    shared = _in_use[key] = _Shared(key, weights)
     return _step(shared, shared.token, input, h0, c0, *weights)
 
 
@@ -107,22 +115,26 @@ class _WeightGradients(torch.autograd.Function):
     """Nothing forward; backward the gradients of the weights, of all steps before."""
 
     @staticmethod
-    def forward(ctx: Any, pending: dict[int, _Pending], *weights: Tensor) -> Tensor:
-        ctx.pending = pending
+    def forward(ctx: Any, key: _Key, pending: dict[int, _Pending], *weights: Tensor) -> Tensor:
+        ctx.key, ctx.pending = key, pending
         ctx.dtype, ctx.shapes = weights[0].dtype, [weight.shape for weight in weights]
         ctx.set_materialize_grads(False)
         return weights[0].new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        needed = ctx.needs_input_grad
+        # Steps to come get a node of their own: compiled autograd refuses one that a backward has run through.
+        shared = _in_use.get(ctx.key)
+        if shared is not None and shared.pending is ctx.pending:
+            del _in_use[ctx.key]
         pending = ctx.pending.pop(torch._C._current_graph_task_id(), None)
         if pending is None:
-            return None, *(torch.zeros(shape, dtype=ctx.dtype) if _compiled() else None for shape in ctx.shapes)
+            return None, None, *(torch.zeros(shape, dtype=ctx.dtype) if _compiled() else None for shape in ctx.shapes)
         pending.take()
         of_x, of_h, of_bias = (total.to(ctx.dtype) for total in pending.sums)
-        found = (of_x, of_h, of_bias, of_bias.clone() if len(needed) > 3 else None)
-        return None, *(gradient if need else None for gradient, need in zip(found, needed[1:], strict=False))
+        needed = ctx.needs_input_grad[2:]
+        found = (of_x, of_h, of_bias, of_bias.clone() if len(needed) > 2 else None)
+        return None, None, *(gradient if need else None for gradient, need in zip(found, needed, strict=False))
 
 
 class _Step(torch.autograd.Function):
@@ -145,11 +157,12 @@ class _Step(torch.autograd.Function):
         out, gates, cells, input, h0, c0, *weights = ctx.saved_tensors
         needed, cell = ctx.needs_input_grad[2:], _of_a_cell(input)
         if _compiled() or not autograd.extension_serves(grads):
-            of_layer = _layer if cell else tuple
-            states, saved = of_layer((input, h0, c0)), (*of_layer((out,)), gates, cells)
-            found = autograd.past_extension("cpu", (*states, *weights), needed, None, saved, of_layer(grads))
-            of_states, of_weights = found[:3], found[3:]
-            return None, out.new_zeros(0), *(_cell(of_states) if cell else of_states), *of_weights
+            if cell:
+                input, h0, c0, out = _as_layer((input, h0, c0, out))
+                grads = _as_layer(grads)
+            tensors, saved = (input, h0, c0, *weights), (out, gates, cells)
+            found = autograd.past_extension("cpu", tensors, needed, None, saved, grads)
+            return None, out.new_zeros(0), *(_as_cell(found[:3]) if cell else found[:3]), *found[3:]
         backward = extension.cell_backward if cell else extension.step_backward
         dinput, dh0, dc0, dsums = backward(*grads, input, h0, c0, weights, out, gates, cells, needed[0])
         if torch._C._will_engine_execute_node(ctx.shared.token.grad_fn):
@@ -164,12 +177,12 @@ def _of_a_cell(input: Tensor) -> bool:
     return input.dim() == 2
 
 
-def _layer(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def _as_layer(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """A cell's tensors as those of a layer."""
     return tuple(None if tensor is None else tensor.unsqueeze(0) for tensor in tensors)
 
 
-def _cell(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def _as_cell(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """The way back."""
     return tuple(None if tensor is None else tensor.squeeze(0) for tensor in tensors)
 
