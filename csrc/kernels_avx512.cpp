@@ -23,6 +23,7 @@ constexpr int kLanes = 16, kMaxVectors = 4, kAccumulators = 24, kMaxRows = 12;
 // All lanes (0xffff), and the rounding that is set (4).
 #define FASTATTN_MAX(a, b) (vec) __builtin_ia32_maxps512_mask(a, b, a, 0xffff, 4)
 #define FASTATTN_MIN(a, b) (vec) __builtin_ia32_minps512_mask(a, b, a, 0xffff, 4)
+#define FASTATTN_FMA(a, b, c) (vec) __builtin_ia32_vfmaddps512_mask(a, b, c, 0xffff, 4)
 #define ISA avx512
 #define ISA_NAME "avx512"
 #include "kernels.inc.h"

@@ -50,8 +50,10 @@ def test_sigmoid() -> None:
 
 
 def test_tanh() -> None:
-    got = one_gate(NUMBERS, CELL, 0.0, INPUT)
-    assert units_off(got, torch.tanh(NUMBERS.double())) <= 3
+    got, want = one_gate(NUMBERS, CELL, 0.0, INPUT), torch.tanh(NUMBERS.double())
+    assert units_off(got, want) <= 3
+    large = NUMBERS.abs() >= 2  # where 1 - tanh^2 shows it
+    assert units_off(got[large], want[large]) <= 1.3
     assert got.abs().max() <= 1
     assert got[NUMBERS >= 10].min() == 1
 

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastattn import lstm_dispatch
 from fastattn.dispatch import Backend, Explanation
+from fastattn.kernels.device import on
 from fastattn.kernels.lstm import layer as kernels
 from fastattn.modules import recurrent
 from fastattn.modules.recurrent import State
@@ -116,7 +117,8 @@ class LSTM(RNNBase):
             return explanation
         steps = data.shape[0] if batch_sizes is None else batch_sizes.shape[0]
         sizes = (self.num_layers, steps, h0.shape[1], self.hidden_size)
-        return lstm_dispatch.with_layers(explanation, self._why_in_turn(), dtype or data.dtype, sizes)
+        with on(data.device):
+            return lstm_dispatch.with_layers(explanation, self._why_in_turn(), dtype or data.dtype, sizes)
 
     def _why_in_turn(self) -> str | None:
         """The reason why layers on CUDA run one after another, whatever their sizes; None: those decide."""

@@ -126,7 +126,7 @@ class _WeightGradients(torch.autograd.Function):
         # Steps to come get a node of their own: compiled autograd refuses one that a backward has run through.
         shared = _in_use.get(ctx.key)
         if shared is not None and shared.pending is ctx.pending:
-            del _in_use[ctx.key]
+            _in_use.pop(ctx.key, None)
         pending = ctx.pending.pop(torch._C._current_graph_task_id(), None)
         if pending is None:
             return None, None, *(torch.zeros(shape, dtype=ctx.dtype) if _compiled() else None for shape in ctx.shapes)
