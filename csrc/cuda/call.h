@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
 #include "../lstm.h"
@@ -56,6 +57,25 @@ inline ChunkRows rows_of(const Call& call, const Chunk& chunk) {
   const std::vector<int64_t>& first = call.shape.first;
   const int64_t begin = first[static_cast<size_t>(chunk.begin)];
   return {begin, first[static_cast<size_t>(chunk.end)] - begin};
+}
+
+// What a launch of the forward and of the backward say alike: its parts over all steps, each with a group's arrivals.
+template <class Launch, class Cells>
+void lay_out(
+    Launch& launch, const Call& call, const Plan& plan, int64_t parts, const Direction* weights, const Cells* cells) {
+  launch.args.parts = parts;
+  launch.args.groups = plan.groups;
+  launch.args.unit_blocks = plan.unit_blocks;
+  launch.args.steps = call.steps();
+  launch.arrivals = at::zeros({parts, plan.groups}, weights->w_hh.options().dtype(at::kInt));
+  auto* arrivals = reinterpret_cast<uint32_t*>(launch.arrivals.template mutable_data_ptr<int32_t>());
+  for (int64_t i = 0; i < parts; ++i) {
+    auto& part = launch.args.part[i];
+    part.cells = cells[i];
+    part.weight = weights[i].w_hh.const_data_ptr();
+    part.arrivals = arrivals + i * plan.groups;
+    part.end = call.shape.steps;
+  }
 }
 
 // A kernel's view of a tensor that may be absent.

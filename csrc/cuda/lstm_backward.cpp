@@ -39,24 +39,14 @@ BackwardLaunch backward_launch(
   const LstmShape& s = call.shape;
   const int64_t parts = grad.h0.size(0), state = s.batch * s.hidden;
   BackwardLaunch launch;
-  launch.args.parts = parts;
-  launch.args.groups = plan.groups;
-  launch.args.unit_blocks = plan.unit_blocks;
-  launch.args.steps = call.steps();
-  const auto options = grad.h0.options();
-  launch.grad_cell = at::empty({parts, s.batch, s.hidden}, options.dtype(at::kFloat));
-  launch.arrivals = at::zeros({parts, plan.groups}, options.dtype(at::kInt));
-  auto* arrivals = reinterpret_cast<uint32_t*>(launch.arrivals.mutable_data_ptr<int32_t>());
+  lay_out(launch, call, plan, parts, weights, cells);
+  launch.grad_cell = at::empty({parts, s.batch, s.hidden}, grad.h0.options().dtype(at::kFloat));
   for (int64_t i = 0; i < parts; ++i) {
     BackwardPart& part = launch.args.part[i];
-    part.cells = cells[i];
-    part.weight = weights[i].w_hh.const_data_ptr();
     if (grad.h_n.defined()) part.grad_h_n = at_column(grad.h_n, i * state);
     if (grad.c_n.defined()) part.grad_c_n = at_column(grad.c_n, i * state);
     part.grad_c0 = at_column(grad.c0, i * state);
     part.grad_cell = launch.grad_cell.mutable_data_ptr<float>() + i * state;
-    part.arrivals = arrivals + i * plan.groups;
-    part.end = s.steps;
   }
   return launch;
 }

@@ -37,28 +37,19 @@ ForwardLaunch forward_launch(
   const LstmShape& s = call.shape;
   const int64_t parts = states.h0.size(0), state = s.batch * s.hidden;
   ForwardLaunch launch;
-  launch.args.parts = parts;
-  launch.args.groups = plan.groups;
-  launch.args.unit_blocks = plan.unit_blocks;
+  lay_out(launch, call, plan, parts, weights, cells);
   launch.args.depth = forward_depth(call.type, s.hidden);
-  launch.args.steps = call.steps();
   const auto options = states.h0.options();
   launch.exchange = at::zeros({parts, 2, s.batch, launch.args.depth}, options);
   launch.exchange.narrow(3, 0, s.hidden).copy_(states.h0.unsqueeze(1));
   launch.cell_state = at::empty({parts, s.batch, s.hidden}, options.dtype(at::kFloat));
-  launch.arrivals = at::zeros({parts, plan.groups}, options.dtype(at::kInt));
-  auto* arrivals = reinterpret_cast<uint32_t*>(launch.arrivals.mutable_data_ptr<int32_t>());
   for (int64_t i = 0; i < parts; ++i) {
     ForwardPart& part = launch.args.part[i];
-    part.cells = cells[i];
-    part.weight = weights[i].w_hh.const_data_ptr();
     part.c0 = at_column(states.c0, i * state);
     part.h_n = at_column(states.h_n, i * state);
     part.c_n = at_column(states.c_n, i * state);
     part.exchange = at_column(launch.exchange, i * 2 * s.batch * launch.args.depth);
     part.cell_state = launch.cell_state.mutable_data_ptr<float>() + i * state;
-    part.arrivals = arrivals + i * plan.groups;
-    part.end = s.steps;
   }
   return launch;
 }

@@ -73,8 +73,9 @@ def layer(
 
 
 def cell(backend: Backend, input: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor]) -> State:
-    """h_1 and c_1 (B, H) of one step of a cell on ``backend``, the reference or the extension."""
-    if backend is Backend.REFERENCE:
-        _, h_1, c_1 = reference_lstm.lstm_layer(input.unsqueeze(0), None, h0.unsqueeze(0), c0.unsqueeze(0), weights)
-        return h_1.squeeze(0), c_1.squeeze(0)
-    return kernels.lstm_cell(backend.value, input, h0, c0, weights)
+    """h_1 and c_1 (B, H) of one step on input (B, I) from h0 and c0 (B, H), on ``backend``."""
+    found = kernels.lstm_cell(input, h0, c0, weights) if backend is Backend.CPU else None
+    if found is None:
+        _, h_1, c_1 = layer(backend, input.unsqueeze(0), None, h0.unsqueeze(0), c0.unsqueeze(0), weights)
+        found = h_1.squeeze(0), c_1.squeeze(0)
+    return found

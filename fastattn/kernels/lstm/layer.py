@@ -42,17 +42,20 @@ def lstm_layers(
     return out, h_n, c_n
 
 
-def lstm_cell(backend: str, input: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """h_1 and c_1 (B, H) of one step on input (B, I) from h0 and c0 (B, H)."""
-    if backend == "cpu" and not onlookers.present(input, h0, c0, *weights):
-        if not _needs_grad(input, h0, c0, weights):
-            _, h_1, c_1, _, _ = extension.cell_forward(input, h0, c0, weights, False)
-            return h_1, c_1
-        if steps.serve_cell(weights):
-            _, h_1, c_1 = steps.step(input, h0, c0, weights)
-            return h_1, c_1
-    _, h_1, c_1 = lstm_layer(backend, input.unsqueeze(0), None, h0.unsqueeze(0), c0.unsqueeze(0), weights)
-    return h_1.squeeze(0), c_1.squeeze(0)
+def lstm_cell(input: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """h_1 and c_1 (B, H) of one step on input (B, I) by the extension on the CPU, from h0 and c0 (B, H).
+
+    None where only ``lstm_layer`` takes the call.
+    """
+    if onlookers.present(input, h0, c0, *weights):
+        return None
+    if not _needs_grad(input, h0, c0, weights):
+        _, h_1, c_1, _, _ = extension.cell_forward(input, h0, c0, weights, False)
+    elif steps.serve_cell(weights):
+        _, h_1, c_1 = steps.step(input, h0, c0, weights)
+    else:
+        return None
+    return h_1, c_1
 
 
 def torch_layers(
