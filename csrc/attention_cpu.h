@@ -52,8 +52,7 @@ struct Problem {
   int64_t alibi_batch;        // stride between the slopes of batches, 0 where they share them
   int64_t shift;              // position of row 0 among the keys, for the slopes
   Tensor4 attn_mask;     // (B, H, L, S), boolean (true takes part) or floating (added); may be absent
-  bool padded;           // a key padding mask was given
-  const float* key_bias;     // (B, S rounded up to kPanel): that mask as addends, -inf for a masked key and beyond S
+  const float* key_bias;     // (B, S): the key padding mask as addends, -inf for a masked key; or null
   const int64_t* key_begin;  // (B): the first key that is not masked by padding
   const int64_t* key_end;    // (B): one past the last
   const int32_t* segment_query;  // (B, L) and (B, S): entry (i, j) takes part where the two are equal; both or null
@@ -87,6 +86,33 @@ struct Forward {
 
   int64_t tiles() const { return (problem.rows + tile_rows - 1) / tile_rows; }
   int64_t tasks() const { return problem.batch * tiles() * (mode == WeightsMode::mean ? 1 : problem.heads); }
+};
+
+// Attention that reads keys and values where they are, block by block into the first-level cache. Forward packs them
+// first, which pays where several tiles of rows read them: transposing a block takes a twentieth of the time of 64 rows.
+//
+// direct_tile has one task per (batch, key head, run of heads of its group, row tile, split of the keys). With several
+// splits the tasks leave partial results, and direct_join has one task per (batch, head, row tile).
+struct Direct {
+  Problem problem;      // of a cache: keys is the room of a sequence, and lower, upper and shift are those of one token
+  Tensor4 value;        // (B, G, S, D)
+  const float* sinks;   // as in Forward
+  Tensor4 out;          // (B, H, L, D), written
+  float* logsumexp;     // (2, B, H, L), written
+  const int64_t* lengths;  // a cache: (B), tokens of each sequence, its last row stands at the last one; or null
+  const int64_t* table;    // pages: (B, table_row), then key and value are (pages, G, page_size, D); or null
+  int64_t table_row, page_size;  // page_size is a multiple of kPad
+  int64_t tile_rows;    // rows of a head in one task
+  int64_t tile_heads;   // heads of a task, at most
+  int64_t split_keys;   // keys of one split, a multiple of kPanel
+  float* partial;       // (splits, B, H, L, partial_row): sums of exp(score - maximum) V, maximum, sum; if splits > 1
+
+  int64_t tiles() const { return (problem.rows + tile_rows - 1) / tile_rows; }
+  int64_t runs() const { return (problem.group() + tile_heads - 1) / tile_heads; }
+  int64_t splits() const { return problem.keys > split_keys ? (problem.keys + split_keys - 1) / split_keys : 1; }
+  int64_t tasks() const { return problem.batch * problem.key_heads * runs() * tiles() * splits(); }
+  int64_t joins() const { return splits() > 1 ? problem.batch * problem.heads * tiles() : 0; }
+  int64_t partial_row() const { return problem.padded_dim() + kPad; }
 };
 
 // The weights from the logsumexp; tasks as forward_tile's.
@@ -145,6 +171,9 @@ struct Kernels {
   void (*forward_pack)(const Forward&, int64_t task);
   int64_t (*forward_scratch)(const Forward&);  // floats
   void (*forward_tile)(const Forward&, int64_t task, float* scratch);
+  int64_t (*direct_scratch)(const Direct&);
+  void (*direct_tile)(const Direct&, int64_t task, float* scratch);
+  void (*direct_join)(const Direct&, int64_t task);
   void (*weights_pack)(const Weights&, float* packed_key, int64_t task);
   int64_t (*weights_scratch)(const Weights&);
   void (*weights_tile)(const Weights&, int64_t task, float* scratch);

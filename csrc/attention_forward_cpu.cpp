@@ -3,6 +3,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include "attention_direct.h"
 #include "huge_pages.h"
 
 namespace fastattn {
@@ -43,14 +44,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
   at::Tensor logsumexp = at::empty(logsumexp_shape(p), query.options().dtype(at::kFloat));
   at::Tensor weights = empty_weights(p, f.mode, query);
   if (p.heads == 0) return {out, logsumexp, weights.zero_()};
-  const int64_t planes = p.batch * p.key_heads;
-  const at::Tensor packed_key = at::empty({planes, p.padded_keys(), p.dim}, at::kFloat);
-  const at::Tensor packed_value = at::empty({planes, p.padded_keys(), p.padded_dim()}, at::kFloat);
   at::Tensor dense_sinks;
   if (sinks) {
     dense_sinks = sinks->to(at::kFloat).contiguous();
     f.sinks = dense_sinks.const_data_ptr<float>();
   }
+  if (f.mode == WeightsMode::none && !p.drop_below && p.rows <= kDirectRows) {
+    Direct direct{};
+    direct.problem = p;
+    direct.value = tensor4(value);
+    direct.sinks = f.sinks;
+    direct.out = tensor4(out);
+    direct.logsumexp = logsumexp.data_ptr<float>();
+    attend_directly(direct);
+    return {out, logsumexp, weights};
+  }
+  const int64_t planes = p.batch * p.key_heads;
+  const at::Tensor packed_key = at::empty({planes, p.padded_keys(), p.dim}, at::kFloat);
+  const at::Tensor packed_value = at::empty({planes, p.padded_keys(), p.padded_dim()}, at::kFloat);
   f.value = tensor4(value);
   f.packed_key = packed_key.data_ptr<float>();
   f.packed_value = packed_value.data_ptr<float>();

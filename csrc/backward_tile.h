@@ -189,8 +189,8 @@ static void backward_pair(
   const KeyRange used = within(key_range(p, b, 0, p.rows));
   for (int64_t j = used.begin; j < used.end; j += kPanel) {
     const int64_t here = min(kPanel, p.keys - j), k = j - first, used_here = min(kPanel, used.end - j);
-    load_panel(p.key, b, g, j, here, p.dim, s.key_panels + k * p.dim);
-    if (t.value.data) load_panel(t.value, b, g, j, here, p.dim, s.value_panels + k * p.dim);
+    load_panel(p.key, b, g, j, here, round_up(here, kKeyUnit), p.dim, s.key_panels + k * p.dim);
+    if (t.value.data) load_panel(t.value, b, g, j, here, round_up(here, kKeyUnit), p.dim, s.value_panels + k * p.dim);
     load_rows(p.key, b, g, j, here, p.dim, 1.0f, s.key + k * dim, dim);
     for (int64_t i = (k + here) * dim; i < (k + used_here) * dim; ++i) s.key[i] = 0.0f;
   }

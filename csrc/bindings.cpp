@@ -9,6 +9,7 @@
 #include "cuda/paths.h"
 #endif
 #include "instruction_set.h"
+#include "kv_cache.h"
 #include "layer_norm_lstm.h"
 #include "lstm.h"
 #include "product.h"
@@ -37,6 +38,21 @@ struct type_caster<fastattn::ProblemArgs> {
 
 namespace {
 
+using Optional = std::optional<at::Tensor>;
+
+void kv_cache_append(
+    at::Tensor key, at::Tensor value, at::Tensor new_key, at::Tensor new_value, at::Tensor lengths, Optional table) {
+  fastattn::kv_cache_append({key, value, lengths, table}, new_key, new_value);
+}
+
+std::tuple<at::Tensor, at::Tensor> kv_cache_attention(
+    at::Tensor query, at::Tensor key, at::Tensor value, at::Tensor lengths, Optional table, Optional slopes,
+    Optional sinks, double scale, double softcap, std::optional<int64_t> left, std::optional<int64_t> right,
+    int64_t appended) {
+  return fastattn::kv_cache_attention(
+      query, {key, value, lengths, table}, {slopes, sinks, scale, softcap, left, right}, appended);
+}
+
 // The LSTM computes with torch's operators among its own kernels: they must not record a graph, nor be given other types
 // by autocast.
 struct PlainOperators {
@@ -44,8 +60,6 @@ struct PlainOperators {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-using fastattn::LstmArgs;
-using Optional = std::optional<at::Tensor>;
 using Tensors = std::vector<at::Tensor>;
 
 fastattn::LstmForward lstm_forward(
@@ -158,6 +172,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("attention_backward", &fastattn::attention_backward, NoGil());
   m.def("attention_weights", &fastattn::attention_weights, NoGil());
   m.def("attention_weights_backward", &fastattn::attention_weights_backward, NoGil());
+  m.def("kv_cache_append", &kv_cache_append, NoGil());
+  m.def("kv_cache_attention", &kv_cache_attention, NoGil());
   m.def("lstm_forward", &lstm_forward, Plain());
   const auto backward = [&](const char* name, auto function) {
     using namespace pybind11::literals;

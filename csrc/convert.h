@@ -134,12 +134,12 @@ static void load_rows(
   });
 }
 
-// The same rows transposed into one panel (columns, kPanel); rows from `rows` to its multiple of kKeyUnit are zero.
+// The same rows transposed into one panel (columns, kPanel); rows from `rows` to `filled`, a multiple of kPad, are zero.
 static void load_panel(
-    const Tensor4& t, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t columns, float* dst) {
+    const Tensor4& t, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t filled, int64_t columns, float* dst) {
   with_float_type(t.type, [&](auto* type) {
     using T = __typeof__(*type);
-    for (int64_t i0 = 0; i0 < round_up(rows, kKeyUnit); i0 += kLanes)
+    for (int64_t i0 = 0; i0 < filled; i0 += kLanes)
       for (int64_t j0 = 0; j0 < columns; j0 += kLanes) {
         const int64_t here = min(kLanes, columns - j0), there = min(kLanes, rows - i0);
         vec square[kLanes] = {};

@@ -13,7 +13,7 @@ static void forward_pack(const Forward& f, int64_t task) {
   const KeyRange range = key_range(p, b, 0, p.rows);
   for (int64_t j = range.begin; j < range.end; j += kPanel) {
     const int64_t here = min(kPanel, p.keys - j);
-    load_panel(p.key, b, g, j, here, p.dim, key + j * p.dim);
+    load_panel(p.key, b, g, j, here, round_up(here, kKeyUnit), p.dim, key + j * p.dim);
     float* to = value + j * p.padded_dim();
     load_rows(f.value, b, g, j, here, p.dim, 1.0f, to, p.padded_dim());
     const int64_t end = min(kPanel, range.end - j) * p.padded_dim();
@@ -27,7 +27,7 @@ struct ForwardScratch {
   float* out;      // (tile_rows, padded_dim)
   float* maximum;  // (tile_rows): of the scores so far
   float* sum;      // (tile_rows, kLanes): of exp(score - pivot) so far, each lane its own columns
-  float* inverse;  // (tile_rows): 1 / sum of the row, 0 without a key; written by store_head
+  float* inverse;  // (tile_rows): 1 / sum of the row, 0 without a key
   float* factors;  // (tile_rows, kBlockKeys): dropout of one block, if any
   float* pivots;   // (blocks, tile_rows): what was subtracted from the scores of that block
   float* scores;   // (tile_rows, score_row): one block, or all keys where weights are wanted
@@ -86,6 +86,15 @@ static inline vec exponentials(float* s, int64_t columns, float pivot) {
   return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
+// Rows before their first key: nothing, or a sink.
+static void start_rows(int64_t rows, int64_t dim, const float* sink, float* out, float* maximum, float* sum) {
+  for (int64_t i = 0; i < rows * dim; ++i) out[i] = 0.0f;
+  for (int64_t i = 0; i < rows; ++i) {
+    maximum[i] = sink ? *sink : -kInfinity;
+    store(sum + i * kLanes, vec{sink ? 1.0f : 0.0f});  // exp(sink - maximum), in one lane
+  }
+}
+
 // exp(scores - pivot) in place; updates the running maximum and sum and scales what was accumulated in `out` to the new
 // pivot. A row without a key so far has maximum -inf; its pivot 0 makes exp(-inf) = 0 instead of NaN.
 static void softmax_step(
@@ -113,22 +122,21 @@ static void multiply_tile(float* tile, int64_t tile_row, int64_t rows, int64_t c
     for (int64_t j = 0; j < columns; ++j) tile[i * tile_row + j] *= factors[i * columns + j];
 }
 
-// Output and logsumexp of one head, from the accumulated sums.
-static void store_head(const Forward& f, int64_t b, int64_t h, int64_t row, int64_t rows, const ForwardScratch& s) {
-  const Problem& p = f.problem;
-  for (int64_t i = 0; i < rows; ++i) {
-    const bool empty = s.maximum[i] == -kInfinity;
-    const float sum = sum_lanes(load(s.sum + i * kLanes)), inverse = empty ? 0.0f : 1.0f / sum;
-    s.inverse[i] = inverse;
-    store_row(s.out + i * p.padded_dim(), p.dim, inverse, at(f.out, b, h, row + i, 0), f.out.type);
-    float* logsumexp = f.logsumexp + (b * p.heads + h) * p.rows + row + i;
-    const float logarithm = empty ? 0.0f : __builtin_logf(sum), number = s.maximum[i] + logarithm;
-    logsumexp[0] = number;
-    // Of the two addends the larger in size is first: then the difference is what rounding the sum lost, exactly.
-    const bool ordered = __builtin_fabsf(s.maximum[i]) >= logarithm;
-    const float lost = ordered ? (s.maximum[i] - number) + logarithm : (logarithm - number) + s.maximum[i];
-    logsumexp[p.batch * p.heads * p.rows] = empty ? 0.0f : lost;
-  }
+// Output and logsumexp of one row from what was accumulated; returns 1 / sum, 0 for a row without a key.
+static float store_result(
+    const Problem& p, const Tensor4& out, float* logsumexp, int64_t b, int64_t h, int64_t row, const float* from,
+    float maximum, float sum) {
+  const bool empty = maximum == -kInfinity;
+  const float inverse = empty ? 0.0f : 1.0f / sum;
+  store_row(from, p.dim, inverse, at(out, b, h, row, 0), out.type);
+  float* to = logsumexp + (b * p.heads + h) * p.rows + row;
+  const float logarithm = empty ? 0.0f : __builtin_logf(sum), number = maximum + logarithm;
+  to[0] = number;
+  // Of the two addends the larger in size is first: then the difference is what rounding the sum lost, exactly.
+  const bool ordered = __builtin_fabsf(maximum) >= logarithm;
+  const float lost = ordered ? (maximum - number) + logarithm : (logarithm - number) + maximum;
+  to[p.batch * p.heads * p.rows] = empty ? 0.0f : lost;
+  return inverse;
 }
 
 // The weights of one head from its exponentials, into the average or to their own place.
@@ -159,11 +167,7 @@ static void forward_head(
   const float* key = f.packed_key + key_head * p.padded_keys() * p.dim;
   const float* value = f.packed_value + key_head * p.padded_keys() * dim;
   load_rows(p.query, b, h, row, rows, p.dim, p.scale, s.query, dim);
-  for (int64_t i = 0; i < rows * dim; ++i) s.out[i] = 0.0f;
-  for (int64_t i = 0; i < rows; ++i) {
-    s.maximum[i] = f.sinks ? f.sinks[h] : -kInfinity;
-    store(s.sum + i * kLanes, vec{f.sinks ? 1.0f : 0.0f});  // exp(sink - maximum), in one lane
-  }
+  start_rows(rows, dim, f.sinks ? f.sinks + h : nullptr, s.out, s.maximum, s.sum);
   const bool keep = f.mode != WeightsMode::none;
   for (int64_t j = range.begin, block = 0; j < range.end; j += kBlockKeys, ++block) {
     const int64_t columns = min(kBlockKeys, range.end - j);
@@ -177,7 +181,9 @@ static void forward_head(
     }
     gemm(rows, dim, columns, {scores, s.score_row, 1}, value + j * dim, dim, s.out, dim, true);
   }
-  store_head(f, b, h, row, rows, s);
+  for (int64_t i = 0; i < rows; ++i)
+    s.inverse[i] = store_result(
+        p, f.out, f.logsumexp, b, h, row + i, s.out + i * dim, s.maximum[i], sum_lanes(load(s.sum + i * kLanes)));
   if (keep) store_weights(f, b, h, row, rows, range, s);
 }
 

@@ -1,7 +1,6 @@
 #include "problem.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -49,7 +48,7 @@ void check_floating(const char* name, const at::Tensor& tensor, at::IntArrayRef 
   type_of(name, tensor);
 }
 
-static void check_inputs(const at::Tensor& query, const at::Tensor& key) {
+static void check_inputs(const at::Tensor& query, const at::Tensor& key, bool cached) {
   check_cpu("query", query);
   TORCH_CHECK_VALUE(query.dim() == 4, "query: got shape ", query.sizes(), ", expected (B, H, L, D)");
   const auto type = query.scalar_type();
@@ -59,7 +58,7 @@ static void check_inputs(const at::Tensor& query, const at::Tensor& key) {
   TORCH_CHECK_VALUE(query.size(3) >= 1, "query: got head dimension 0");
   check_cpu("key", key);
   TORCH_CHECK_VALUE(
-      key.dim() == 4 && key.size(0) == query.size(0) && key.size(3) == query.size(3), "key: got shape ", key.sizes(),
+      key.dim() == 4 && (cached || key.size(0) == query.size(0)) && key.size(3) == query.size(3), "key: got shape ", key.sizes(),
       ", expected (", query.size(0), ", Hkv, S, ", query.size(3), ")");
   TORCH_CHECK_TYPE(key.scalar_type() == type, "key: got dtype ", key.scalar_type(), ", expected ", type);
   const int64_t heads = query.size(1), key_heads = key.size(1);
@@ -122,27 +121,21 @@ static void check_arguments(const ProblemArgs& args, at::IntArrayRef scores) {
 static void read_padding(OwnedProblem& owned, const std::optional<at::Tensor>& mask) {
   Problem& p = owned.problem;
   constexpr float masked = -std::numeric_limits<float>::infinity();
-  p.padded = mask.has_value();
-  owned.key_bias = at::full({p.batch, p.padded_keys()}, masked, at::kFloat);
-  owned.key_begin = at::zeros({p.batch}, at::kLong);
-  owned.key_end = at::full({p.batch}, p.keys, at::kLong);
-  at::Tensor real = owned.key_bias.narrow(1, 0, p.keys);
-  if (!mask) {
-    real.zero_();
-  } else if (mask->scalar_type() == at::kBool) {
-    real.masked_fill_(*mask, 0.0);
-  } else {
-    real.copy_(*mask);
-  }
+  owned.key_begin.assign(p.batch, 0);
+  owned.key_end.assign(p.batch, p.keys);
+  p.key_begin = owned.key_begin.data();
+  p.key_end = owned.key_end.data();
+  if (!mask) return;
+  owned.key_bias = mask->scalar_type() == at::kBool
+                       ? at::zeros({p.batch, p.keys}, at::kFloat).masked_fill_(mask->logical_not(), masked)
+                       : mask->to(at::kFloat).contiguous();
   p.key_bias = owned.key_bias.const_data_ptr<float>();
-  int64_t *begin = owned.key_begin.data_ptr<int64_t>(), *end = owned.key_end.data_ptr<int64_t>();
-  for (int64_t b = 0; mask && b < p.batch; ++b) {
-    const float* bias = p.key_bias + b * p.padded_keys();
-    while (begin[b] < end[b] && bias[begin[b]] == masked) ++begin[b];
-    while (begin[b] < end[b] && bias[end[b] - 1] == masked) --end[b];
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const float* bias = p.key_bias + b * p.keys;
+    int64_t &begin = owned.key_begin[b], &end = owned.key_end[b];
+    while (begin < end && bias[begin] == masked) ++begin;
+    while (begin < end && bias[end - 1] == masked) --end;
   }
-  p.key_begin = begin;
-  p.key_end = end;
 }
 
 // The segments of all batches as numbers from 0 on, -1 for a query's id that no key has, and the keys of each row's.
@@ -191,16 +184,17 @@ static void read_segments(OwnedProblem& owned, const at::Tensor& query_ids, cons
   p.segment_end = owned.segment_end.const_data_ptr<int64_t>();
 }
 
-OwnedProblem::OwnedProblem(const at::Tensor& query, const at::Tensor& key, const ProblemArgs& args)
+OwnedProblem::OwnedProblem(
+    const at::Tensor& query, const at::Tensor& key, const ProblemArgs& args, std::optional<int64_t> cached)
     : problem{} {
-  check_inputs(query, key);
+  check_inputs(query, key, cached.has_value());
   Problem& p = problem;
   p.batch = query.size(0);
   p.heads = query.size(1);
   p.rows = query.size(2);
   p.dim = query.size(3);
   p.key_heads = key.size(1);
-  p.keys = key.size(2);
+  p.keys = cached.value_or(key.size(2));
   check_arguments(args, {p.batch, p.heads, p.rows, p.keys});
   p.scale = static_cast<float>(args.scale);
   // Far from any score a cap does nothing, or makes all scores 0: clamped, it and its inverse are finite floats.

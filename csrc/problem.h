@@ -5,6 +5,7 @@
 
 #include <array>
 #include <optional>
+#include <vector>
 
 #include "attention_cpu.h"
 #include "tasks.h"
@@ -28,11 +29,14 @@ struct ProblemArgs {
 // A Problem and the memory its pointers refer to.
 struct OwnedProblem {
   Problem problem;
-  at::Tensor key_bias, key_begin, key_end;
+  std::vector<int64_t> key_begin, key_end;
+  at::Tensor key_bias;
   at::Tensor alibi_slopes, segment_query, segment_key, segment_begin, segment_end;
 
-  // Throws c10::Error unless query (B, H, L, D), key (B, G, S, D) and the arguments fit together.
-  OwnedProblem(const at::Tensor& query, const at::Tensor& key, const ProblemArgs& args);
+  // Throws c10::Error unless query (B, H, L, D), key (B, G, S, D) and the arguments fit together. Where `cached` keys of
+  // a sequence are said, key is a cache: its first and third dimensions may be anything.
+  OwnedProblem(
+      const at::Tensor& query, const at::Tensor& key, const ProblemArgs& args, std::optional<int64_t> cached = {});
 };
 
 // (2, B, H, L), see attention_cpu.h.

@@ -61,18 +61,23 @@ static void subtract_distances(
   }
 }
 
-// scores (rows, columns), leading dimension score_row, of rows from `row` and keys from `column`, for head h of batch
-// b. query: rows of D floats with leading dimension padded_dim, already times the scale. panels: the keys from
-// `column` on, transposed (columns / kPanel, D, kPanel). column is a multiple of kPanel, columns of kKeyUnit.
-// cap_slopes (rows, columns), dense: with softcap, the derivatives of the capped scores are written there; may be null.
-static void score_tile(
-    const Problem& p, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t column, int64_t columns,
-    const float* query, const float* panels, float* scores, int64_t score_row, float* cap_slopes = nullptr) {
+// scores (rows, columns) = query times keys, with leading dimension score_row. query: rows of D floats with leading
+// dimension padded_dim, already times the scale. panels: the keys, transposed (columns / kPanel, D, kPanel). columns is a
+// multiple of kKeyUnit.
+static void score_products(
+    const Problem& p, int64_t rows, int64_t columns, const float* query, const float* panels, float* scores,
+    int64_t score_row) {
   for (int64_t j = 0; j < columns; j += kPanel)
     gemm(
         rows, min(kPanel, columns - j), p.dim, {query, p.padded_dim(), 1}, panels + j * p.dim, kPanel, scores + j,
         score_row, false);
+}
 
+// Caps and masks those products of rows from `row` and keys from `column`, a multiple of kPanel, for head h of batch b.
+// cap_slopes (rows, columns), dense: with softcap, the derivatives of the capped scores are written there; may be null.
+static void mask_scores(
+    const Problem& p, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t column, int64_t columns, float* scores,
+    int64_t score_row, float* cap_slopes) {
   if (p.softcap > 0.0f) cap_tile(p.softcap, scores, score_row, rows, columns, cap_slopes);
   if (p.alibi_slopes)
     subtract_distances(
@@ -90,11 +95,11 @@ static void score_tile(
       });
     }
   }
-  if (p.padded || column + columns > p.keys) {
-    const float* bias = p.key_bias + b * p.padded_keys() + column;
+  if (p.key_bias) {
+    const float* bias = p.key_bias + b * p.keys + column;
     for (int64_t i = 0; i < rows; ++i) {
       float* s = scores + i * score_row;
-      for (int64_t j = 0; j < columns; ++j) s[j] = bias[j] == -kInfinity ? -kInfinity : s[j] + bias[j];
+      for (int64_t j = 0; j < n; ++j) s[j] = bias[j] == -kInfinity ? -kInfinity : s[j] + bias[j];
     }
   }
   if (p.segment_query) {
@@ -104,6 +109,8 @@ static void score_tile(
       for (int64_t j = 0; j < n; ++j) s[j] = ids[j] == own[i] ? s[j] : -kInfinity;
     }
   }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = n; j < columns; ++j) scores[i * score_row + j] = -kInfinity;
   const bool inside = column >= row + rows - 1 + p.lower && column + columns - 1 <= row + p.upper;
   if (!inside) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -113,4 +120,11 @@ static void score_tile(
       for (int64_t j = last + 1; j < column + columns; ++j) s[j] = -kInfinity;
     }
   }
+}
+
+static void score_tile(
+    const Problem& p, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t column, int64_t columns,
+    const float* query, const float* panels, float* scores, int64_t score_row, float* cap_slopes = nullptr) {
+  score_products(p, rows, columns, query, panels, scores, score_row);
+  mask_scores(p, b, h, row, rows, column, columns, scores, score_row, cap_slopes);
 }

@@ -157,6 +157,17 @@ static inline void transpose(vec (&rows)[kLanes]) {
   }
 }
 
+// Lane i is the sum of row i's lanes; the rows are spent.
+template <int DISTANCE = kLanes / 2>
+static inline vec sum_rows(vec (&rows)[kLanes]) {
+  if constexpr (DISTANCE == 0) return rows[0];
+  for (int i = 0; i < DISTANCE; ++i) {
+    swap_blocks<DISTANCE>(rows[i], rows[i + DISTANCE], Lanes{});
+    rows[i] += rows[i + DISTANCE];
+  }
+  return sum_rows<DISTANCE / 2>(rows);
+}
+
 static inline float exp(float x) { return exp(splat(x))[0]; }
 
 // Lanes [0, count) of a vector; the others are neither read nor written, and read as zero.

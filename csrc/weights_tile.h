@@ -4,9 +4,11 @@ static void weights_pack(const Weights& w, float* packed_key, int64_t task) {
   const Problem& p = w.problem;
   const int64_t b = task / p.key_heads, g = task % p.key_heads;
   const KeyRange range = key_range(p, b, 0, p.rows);
-  for (int64_t j = range.begin; j < range.end; j += kPanel)
-    load_panel(
-        p.key, b, g, j, min(kPanel, p.keys - j), p.dim, packed_key + (task * p.padded_keys() + j) * p.dim);
+  for (int64_t j = range.begin; j < range.end; j += kPanel) {
+    const int64_t here = min(kPanel, p.keys - j);
+    float* to = packed_key + (task * p.padded_keys() + j) * p.dim;
+    load_panel(p.key, b, g, j, here, round_up(here, kKeyUnit), p.dim, to);
+  }
 }
 
 struct WeightsScratch {

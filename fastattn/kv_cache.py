@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn import kv_cache_op, transforms, validation  # noqa: F401  the first registers torch.ops.fastattn.kv_cache_*
 from fastattn.dispatch import MAX_HEAD_DIM, Backend, forced_backend
-from fastattn.kernels.attention import decode_launch, launch
+from fastattn.kernels.attention import decode_launch, extension, launch
 
 _PAGE_MULTIPLE = 16
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -58,8 +58,8 @@ def attention_with_kv_cache(
         alibi_slopes: (H) or (B, H): the score falls by slope times the distance of the key from the query's position.
         sinks: (H), a logit per head that takes part in the softmax and has no value.
         return_lse: also return LSE (B, H, L), float32 (float64 for float64 inputs).
-        num_splits: parts into which our kernel splits the keys; None is as many as fill the device. With 1 the bits of
-            a sequence's result do not depend on the rest of the batch. Other backends do not split.
+        num_splits: parts into which the GPU's kernel splits the keys; None is as many as fill the device. With 1 the
+            bits of a sequence's result do not depend on the rest of the batch, which on the CPU they never do.
 
     Returns:
         The output (B, H, L, Dv) in query's dtype; then, where asked for, LSE. A query without a key has output 0 and
@@ -70,8 +70,9 @@ def attention_with_kv_cache(
     ``fastattn.debug_checks()``; elsewhere lengths are clamped to the cache, pages to the pool, and tokens without a
     place are dropped.
 
-    On the CPU each sequence is a dense call with the keys it has. On a GPU without a verified kernel the cache is
-    copied into one dense call with room for S_max keys.
+    On the CPU our C++ kernel reads the cache where it is; float64, D > 256 and Dv other than D are a dense call for each
+    sequence with the keys it has. On a GPU without a verified kernel the cache is copied into one dense call with room
+    for S_max keys.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed; also where an input requires a
@@ -109,25 +110,28 @@ def attention_with_kv_cache(
 
 
 def _choose(query: Tensor, value_cache: Tensor) -> str:
-    """ "triton" where the decode kernels are forced or verified, else "dense"."""
+    """ "cpu" or "triton" where those kernels are forced or the usual choice, else "dense"."""
     forced = forced_backend()
-    reason = _why_not_triton(query, value_cache)
-    if forced is Backend.TRITON:
+    own = Backend.CPU if query.device.type == "cpu" and forced is not Backend.TRITON else Backend.TRITON
+    reason = _why_not(own, query, value_cache)
+    if forced in (Backend.TRITON, Backend.CPU):
+        if forced is not own:
+            reason = f"device {query.device.type}; the C++ kernels run on the CPU"
         if reason is not None:
-            raise RuntimeError(f'fastattn.backend("triton") cannot serve this call: {reason}')
-        return "triton"
-    automatic = forced is None and reason is None and decode_launch.verified(query.device.type)
-    return "triton" if automatic else "dense"
+            raise RuntimeError(f'fastattn.backend("{forced}") cannot serve this call: {reason}')
+        return own.value
+    usual = own is Backend.CPU or decode_launch.verified(query.device.type)
+    return own.value if forced is None and reason is None and usual else "dense"
 
 
-def _why_not_triton(query: Tensor, value_cache: Tensor) -> str | None:
+def _why_not(own: Backend, query: Tensor, value_cache: Tensor) -> str | None:
     if query.dtype not in _KERNEL_DTYPES:
         return f"dtype {query.dtype}; our kernels take float16, bfloat16 and float32"
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"head dimension {query.shape[-1]} > {MAX_HEAD_DIM}"
     if query.shape[-1] != value_cache.shape[-1]:
         return f"value_cache's head dimension {value_cache.shape[-1]} differs from query's {query.shape[-1]}"
-    return launch.why_unavailable(query.device.type)
+    return extension.UNAVAILABLE if own is Backend.CPU else launch.why_unavailable(query.device.type)
 
 
 def _check_caches(query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor | None) -> None:

@@ -7,8 +7,8 @@
 
 query (B, H, L, D); caches (B, Hkv, S, D) and (B, Hkv, S, Dv), or (pages, Hkv, page size, D) with block_table
 (B, max_pages); cache_lengths (B,), tokens before ``appended`` more; alibi_slopes (1 or B, H); sinks (H); key j takes
-part for the query at position p where p - left <= j <= p + right, None leaves a side open; backend "triton", or "dense"
-for the dense function on whatever backend is in force. None of them has a gradient.
+part for the query at position p where p - left <= j <= p + right, None leaves a side open; backend "triton", "cpu", or
+"dense" for the dense function on whatever backend is in force. None of them has a gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastattn import debug, kv_cache_eager
-from fastattn.kernels.attention import decode_launch, shapes
+from fastattn.kernels.attention import decode_launch, extension, shapes
 
 _SCHEMAS = {
     "kv_cache_append": (
@@ -42,6 +42,9 @@ def _append(
     key_cache: Tensor, value_cache: Tensor, new_key: Tensor, new_value: Tensor, cache_lengths: Tensor,
     block_table: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
+    if backend == "cpu":
+        extension.kv_cache_append(key_cache, value_cache, new_key, new_value, cache_lengths, block_table)
+        return
     _check(key_cache, cache_lengths, block_table, new_key.shape[2])
     write = decode_launch.append if backend == "triton" else kv_cache_eager.append
     write(key_cache, value_cache, new_key, new_value, cache_lengths, block_table)
@@ -52,6 +55,12 @@ def _attention(
     alibi_slopes: Tensor | None, sinks: Tensor | None, scale: float, softcap: float, left: int | None,
     right: int | None, appended: int, num_splits: int | None, return_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if backend == "cpu":  # it checks lengths and table itself
+        out, logsumexp = extension.kv_cache_attention(
+            query, key_cache, value_cache, cache_lengths, block_table, alibi_slopes, sinks, scale, softcap, left, right,
+            appended,
+        )  # fmt: skip
+        return out, logsumexp if return_lse else _no_lse(query)
     if appended == 0:  # else they were checked before the append
         _check(key_cache, cache_lengths, block_table, 0)
     if backend == "triton":

@@ -94,3 +94,14 @@ def attention_weights_backward(
         grad_weights, query, key, logsumexp, problem, average, attn_mask_grad, padding_grad
     )
     return result
+
+
+def kv_cache_append(*args: Any) -> None:
+    """key_cache, value_cache, new_key, new_value, cache_lengths, block_table of ``fastattn::kv_cache_append``."""
+    _extension.kv_cache_append(*args)
+
+
+def kv_cache_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    """Output and LSE; arguments as ``fastattn::kv_cache_attention`` up to ``appended``, without ``num_splits``."""
+    result: tuple[Tensor, Tensor] = _extension.kv_cache_attention(*args)
+    return result
