@@ -25,6 +25,12 @@ namespace fastattn {
 
 enum class Type : uint8_t { boolean, half, bfloat16, single, twice };
 
+// The height of as few tiles as can be, of about the same height, at most `most`: 65 rows are 33 and 32.
+constexpr int64_t even_tiles(int64_t rows, int64_t most) {
+  const int64_t tiles = rows > most ? (rows + most - 1) / most : 1;
+  return rows > 0 ? (rows + tiles - 1) / tiles : 1;
+}
+
 // A tensor of four dimensions with any strides, in elements; 0 along an axis that is broadcast.
 struct Tensor4 {
   void* data = nullptr;  // null: the tensor is absent
@@ -70,14 +76,16 @@ struct Problem {
 
 enum class WeightsMode : uint8_t { none, mean, per_head };
 
-// Tasks: forward_pack, one per (batch, key head); then forward_tile, one per (batch, row tile) with all heads where the
-// weights are averaged, else one per (batch, head, row tile). No two tasks write the same memory.
+// Tasks: forward_pack, one per plane, which is a (batch, key head); then forward_tile, one per (batch, row tile) with all
+// heads where the weights are averaged, else one per (batch, head, row tile). No two tasks write the same memory. Only
+// some planes need be packed at a time: those from first_plane on.
 struct Forward {
   Problem problem;
   Tensor4 value;        // (B, G, S, D)
   const float* sinks;   // (H): the score of one more key, whose value is 0 and whose weight is not returned; or null
-  float* packed_key;    // (B, G, S / kPanel, D, kPanel), the keys transposed panel by panel; written by forward_pack
-  float* packed_value;  // (B, G, S rounded up to kPanel, padded_dim); written by forward_pack
+  int64_t first_plane;
+  float* packed_key;    // (planes, S / kPanel, D, kPanel), the keys transposed panel by panel; written by forward_pack
+  float* packed_value;  // (planes, S rounded up to kPanel, padded_dim); written by forward_pack
   Tensor4 out;          // (B, H, L, D), written
   float* logsumexp;     // (2, B, H, L), written
   WeightsMode mode;
@@ -85,7 +93,16 @@ struct Forward {
   int64_t tile_rows;  // rows of one task
 
   int64_t tiles() const { return (problem.rows + tile_rows - 1) / tile_rows; }
-  int64_t tasks() const { return problem.batch * tiles() * (mode == WeightsMode::mean ? 1 : problem.heads); }
+  // The planes whose tasks are one after another and need no others, and how many those tasks are.
+  int64_t unit_planes() const { return mode == WeightsMode::mean ? problem.key_heads : 1; }
+  int64_t unit_tasks() const { return tiles() * (mode == WeightsMode::mean ? 1 : problem.group()); }
+
+  float* plane_key(int64_t plane) const {
+    return packed_key + (plane - first_plane) * problem.padded_keys() * problem.dim;
+  }
+  float* plane_value(int64_t plane) const {
+    return packed_value + (plane - first_plane) * problem.padded_keys() * problem.padded_dim();
+  }
 };
 
 // Attention that reads keys and values where they are, block by block into the first-level cache. Forward packs them

@@ -12,7 +12,7 @@ constexpr int64_t kSplitKeys = 1024;
 
 void attend_directly(Direct direct) {
   const Problem& p = direct.problem;
-  direct.tile_rows = std::clamp<int64_t>(p.rows, 1, kDirectRows);
+  direct.tile_rows = even_tiles(p.rows, kDirectRows);
   direct.tile_heads = std::clamp<int64_t>(kDirectRows / direct.tile_rows, 1, p.group());
   // Many rows make tasks enough.
   direct.split_keys = p.rows <= kDirectRows ? kSplitKeys : round_up(std::max<int64_t>(p.keys, 1), kPanel);

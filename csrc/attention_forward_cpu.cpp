@@ -3,6 +3,8 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+
 #include "attention_direct.h"
 #include "huge_pages.h"
 
@@ -10,8 +12,8 @@ namespace fastattn {
 
 // Rows of a forward task: measured. With weights for many keys the exponentials of a tile leave the second-level cache
 // whatever its height, and higher tiles read the packed keys and values less often.
-static int64_t forward_rows(WeightsMode mode, int64_t keys) {
-  return mode != WeightsMode::none && keys > 2048 ? 96 : 64;
+static int64_t forward_rows(WeightsMode mode, const Problem& p) {
+  return even_tiles(p.rows, mode != WeightsMode::none && p.keys > 2048 ? 96 : 64);
 }
 
 static at::Tensor empty_weights(const Problem& p, WeightsMode mode, const at::Tensor& query) {
@@ -27,6 +29,31 @@ static Tensor4 weights4(const at::Tensor& weights, WeightsMode mode) {
   return tensor4(mode == WeightsMode::mean ? weights.unsqueeze(1) : weights);
 }
 
+// Numbers that are packed at a time, if that gives every thread a plane. All at once are 1.5 times as slow where they are
+// many: memory is new to the process each time, and comes back from beyond the caches.
+constexpr int64_t kPackedNumbers = int64_t{2} << 20;
+
+static void run_forward(Forward f) {
+  const Problem& p = f.problem;
+  const int64_t planes = f.unit_planes(), units = p.batch * p.key_heads / planes;
+  const int64_t key = planes * p.padded_keys() * p.dim, value = planes * p.padded_keys() * p.padded_dim();
+  const int64_t least = (at::get_num_threads() + planes - 1) / planes;
+  const int64_t wave = std::clamp(kPackedNumbers / std::max<int64_t>(1, key + value), std::min(least, units), units);
+  const Floats packed_key(wave * key), packed_value(wave * value);
+  f.packed_key = packed_key.get();
+  f.packed_value = packed_value.get();
+  const Kernels& k = kernels();
+  const int64_t scratch_floats = k.forward_scratch(f);
+  for (int64_t unit = 0, here; unit < units; unit += here) {
+    here = std::min(wave, units - unit);
+    f.first_plane = unit * planes;
+    run_tasks(here * planes, 0, [&](int64_t task, float*) { k.forward_pack(f, f.first_plane + task); });
+    run_tasks(here * f.unit_tasks(), scratch_floats, [&](int64_t task, float* scratch) {
+      k.forward_tile(f, unit * f.unit_tasks() + task, scratch);
+    });
+  }
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const std::optional<at::Tensor>& sinks,
     const ProblemArgs& args, int64_t weights_mode) {
@@ -39,7 +66,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
   f.problem = owned.problem;
   const Problem& p = f.problem;
   f.mode = static_cast<WeightsMode>(weights_mode);
-  f.tile_rows = forward_rows(f.mode, p.keys);
+  f.tile_rows = forward_rows(f.mode, p);
   at::Tensor out = empty_heads_last(query);
   at::Tensor logsumexp = at::empty(logsumexp_shape(p), query.options().dtype(at::kFloat));
   at::Tensor weights = empty_weights(p, f.mode, query);
@@ -59,19 +86,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
     attend_directly(direct);
     return {out, logsumexp, weights};
   }
-  const int64_t planes = p.batch * p.key_heads;
-  const at::Tensor packed_key = at::empty({planes, p.padded_keys(), p.dim}, at::kFloat);
-  const at::Tensor packed_value = at::empty({planes, p.padded_keys(), p.padded_dim()}, at::kFloat);
   f.value = tensor4(value);
-  f.packed_key = packed_key.data_ptr<float>();
-  f.packed_value = packed_value.data_ptr<float>();
   f.out = tensor4(out);
   f.logsumexp = logsumexp.data_ptr<float>();
   f.weights = weights4(weights, f.mode);
-
-  const Kernels& k = kernels();
-  run_tasks(planes, 0, [&](int64_t task, float*) { k.forward_pack(f, task); });
-  run_tasks(f.tasks(), k.forward_scratch(f), [&](int64_t task, float* scratch) { k.forward_tile(f, task, scratch); });
+  run_forward(f);
   return {out, logsumexp, weights};
 }
 

@@ -5,11 +5,10 @@
 
 constexpr int64_t kBlockKeys = 128;
 
-static void forward_pack(const Forward& f, int64_t task) {
+static void forward_pack(const Forward& f, int64_t plane) {
   const Problem& p = f.problem;
-  const int64_t b = task / p.key_heads, g = task % p.key_heads;
-  float* key = f.packed_key + task * p.padded_keys() * p.dim;
-  float* value = f.packed_value + task * p.padded_keys() * p.padded_dim();
+  const int64_t b = plane / p.key_heads, g = plane % p.key_heads;
+  float *key = f.plane_key(plane), *value = f.plane_value(plane);
   const KeyRange range = key_range(p, b, 0, p.rows);
   for (int64_t j = range.begin; j < range.end; j += kPanel) {
     const int64_t here = min(kPanel, p.keys - j);
@@ -163,9 +162,8 @@ static void store_weights(
 static void forward_head(
     const Forward& f, int64_t b, int64_t h, int64_t row, int64_t rows, KeyRange range, const ForwardScratch& s) {
   const Problem& p = f.problem;
-  const int64_t dim = p.padded_dim(), key_head = b * p.key_heads + h / p.group();
-  const float* key = f.packed_key + key_head * p.padded_keys() * p.dim;
-  const float* value = f.packed_value + key_head * p.padded_keys() * dim;
+  const int64_t dim = p.padded_dim(), plane = b * p.key_heads + h / p.group();
+  const float *key = f.plane_key(plane), *value = f.plane_value(plane);
   load_rows(p.query, b, h, row, rows, p.dim, p.scale, s.query, dim);
   start_rows(rows, dim, f.sinks ? f.sinks + h : nullptr, s.out, s.maximum, s.sum);
   const bool keep = f.mode != WeightsMode::none;
