@@ -31,7 +31,7 @@ static Tensor4 weights4(const at::Tensor& weights, WeightsMode mode) {
 
 // Numbers that are packed at a time, if that gives every thread a plane. All at once are 1.5 times as slow where they are
 // many: memory is new to the process each time, and comes back from beyond the caches.
-constexpr int64_t kPackedNumbers = int64_t{2} << 20;
+constexpr int64_t kPackedNumbers = int64_t{1} << 18;
 
 static void run_forward(Forward f) {
   const Problem& p = f.problem;

@@ -139,24 +139,29 @@ static void load_panel(
     const Tensor4& t, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t filled, int64_t columns, float* dst) {
   with_float_type(t.type, [&](auto* type) {
     using T = __typeof__(*type);
-    for (int64_t i0 = 0; i0 < filled; i0 += kLanes)
+    const int64_t step = t.stride[2];
+    for (int64_t i0 = 0; i0 < filled; i0 += kLanes) {
+      const T* src = (const T*)at(t, b, h, row + i0, 0);
+      const int64_t there = min(kLanes, rows - i0);
       for (int64_t j0 = 0; j0 < columns; j0 += kLanes) {
-        const int64_t here = min(kLanes, columns - j0), there = min(kLanes, rows - i0);
+        const int64_t here = min(kLanes, columns - j0);
+        const bool asks = j0 * sizeof(T) % 64 == 0;  // for the next rows; beyond the end nothing is read
         vec square[kLanes] = {};
         for (int64_t i = 0; i < there; ++i) {
-          const T* src = (const T*)at(t, b, h, row + i0 + i, j0);
-          if (j0 == 0) prefetch_row(t, b, h, row + i0 + i, columns);
+          const T* from = src + i * step + j0 * t.stride[3];
+          if (asks) prefetch(from + kLanes * step);
           if (here == kLanes && t.stride[3] == 1) {
-            square[i] = load_as(src);
+            square[i] = load_as(from);
             continue;
           }
           float part[kLanes] = {};
-          for (int64_t j = 0; j < here; ++j) part[j] = to_float(src[j * t.stride[3]]);
+          for (int64_t j = 0; j < here; ++j) part[j] = to_float(from[j * t.stride[3]]);
           square[i] = load(part);
         }
         transpose(square);
         for (int64_t j = 0; j < here; ++j) store(dst + (j0 + j) * kPanel + i0, square[j]);
       }
+    }
   });
 }
 
