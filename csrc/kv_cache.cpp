@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "attention_direct.h"
@@ -60,6 +61,7 @@ struct Cache {
 
   // The messages are those of fastattn/debug.py.
   void check_contents(int64_t appended) const {
+    TORCH_CHECK_VALUE(appended >= 0, "appended: got ", appended, ", expected at least 0");
     if (lengths.empty()) return;
     const auto [low, high] = std::minmax_element(lengths.begin(), lengths.end());
     TORCH_CHECK_VALUE(
@@ -85,7 +87,8 @@ void write(const Cache& cache, const at::Tensor& to, const at::Tensor& tokens) {
   char* base = static_cast<char*>(to.data_ptr());
   const char* source = static_cast<const char*>(from.const_data_ptr());
   constexpr int64_t few = 1 << 16;  // bytes that a thread is not asked for
-  at::parallel_for(0, from.size(0) * cache.heads, std::max<int64_t>(1, few / (count * bytes)), [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, few / (count * bytes));
+  at::parallel_for(0, from.size(0) * cache.heads, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / cache.heads, g = i % cache.heads;
       for (int64_t t = 0; t < count; ++t) {
@@ -123,7 +126,7 @@ std::tuple<at::Tensor, at::Tensor> kv_cache_attention(
   of_a_token.alibi_slopes = scoring.alibi_slopes;
   of_a_token.scale = scoring.scale;
   of_a_token.softcap = scoring.softcap;
-  if (scoring.left) of_a_token.lower = -*scoring.left;
+  if (scoring.left) of_a_token.lower = -std::max(*scoring.left, -std::numeric_limits<int64_t>::max());
   of_a_token.upper = scoring.right;
   const int64_t longest = cache.lengths.empty() ? 0 : *std::max_element(cache.lengths.begin(), cache.lengths.end());
   OwnedProblem owned(query, cache.key, of_a_token, longest);

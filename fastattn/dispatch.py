@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
+from torch import Tensor
 
 from fastattn import transforms
 from fastattn.kernels.attention import extension, launch
@@ -47,7 +48,7 @@ class Request:
     sinks: bool = False
     segments: bool = False
     compiling: bool = False
-    tiny: bool = False  # a call's overhead or the packing of the keys decides; never while compiling
+    tiny: bool = False  # a call's overhead decides; never while compiling
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,12 @@ class Explanation:
 
 
 MAX_HEAD_DIM = 256
-# Multiplications of Q K^T up to which torch's function, an operator in C++, returns before ours has been reached
-# through Python: it took 0.4 to 0.9 of our time below, and 1.0 to 1.6 above (AMD EPYC, two cores).
-TINY = 1 << 22
-# Queries up to which packing the keys does not pay: torch's function took 0.2 to 0.8 of our time for 1 to 64 queries,
-# 1024 to 4096 keys, and 1.0 for 128 and 128.
-FEW_QUERIES = 127
+# Multiplications of Q K^T below which torch's function, an operator in C++, returns before ours has been reached
+# through Python; without and with gradients. Near these both took the same time on one thread of an EPYC of Zen 5; with
+# a tenth ours took 1.3 times torch's, with ten times as many 0.5 to 0.8. Torch's kernels for half precision are slower,
+# for one query up to 20 times.
+_TINY = (1 << 19, 1 << 21)
+_TINY_HALF = (1 << 16, 1 << 16)
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # A plain global: torch.compile guards on it, and recompiles when it changes; it cannot trace a ContextVar.
 _forced: Backend | None = None
@@ -99,6 +100,12 @@ def backend(name: str | Backend) -> Iterator[None]:
 def forced_backend() -> Backend | None:
     """The backend of the innermost ``with fastattn.backend(...)`` block, or None."""
     return _forced
+
+
+def tiny(query: Tensor, key: Tensor, gradients: bool) -> bool:
+    """Whether a call of (B, H, L, D) and (B, Hkv, S, D) on the CPU costs little more than reaching a kernel."""
+    limit = (_TINY if query.dtype == torch.float32 else _TINY_HALF)[gradients]
+    return query.numel() * key.shape[2] < limit
 
 
 def why_not(name: Backend, request: Request) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn import double_backward, reference, sdpa, validation  # noqa: F401  double_backward registers itself
-from fastattn.dispatch import FEW_QUERIES, TINY, Backend, Explanation, Request, choose
+from fastattn.dispatch import Backend, Explanation, Request, choose, tiny
 from fastattn.dispatch import explain as explain_request
 from fastattn.kernels.attention import op  # noqa: F401  registers torch.ops.fastattn
 
@@ -207,13 +207,17 @@ def _prepare(
         sinks=sinks is not None,
         segments=segment_query is not None,
         compiling=compiling,
-        tiny=not compiling and (query.shape[2] <= FEW_QUERIES or query.numel() * key.shape[2] < TINY),
+        tiny=not compiling and tiny(query, key, _gradients(query, key, value)),
     )
     return _Problem(
         query, key, value, attn_mask, key_padding_mask, dropout_p, scale, cap, alibi_slopes, shift, segment_query,
         segment_key, sinks, None if left is None else shift - left, None if right is None else shift + right,
         batch_shape, request,
     )  # fmt: skip
+
+
+def _gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _run(

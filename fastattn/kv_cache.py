@@ -70,9 +70,9 @@ def attention_with_kv_cache(
     ``fastattn.debug_checks()``; elsewhere lengths are clamped to the cache, pages to the pool, and tokens without a
     place are dropped.
 
-    On the CPU our C++ kernel reads the cache where it is; float64, D > 256 and Dv other than D are a dense call for each
-    sequence with the keys it has. On a GPU without a verified kernel the cache is copied into one dense call with room
-    for S_max keys.
+    On the CPU our C++ kernel reads the cache where it is; with float64, D > 256 or Dv other than D each sequence is a
+    dense call with the keys it has. On a GPU without a verified kernel the cache is copied into one dense call with
+    room for S_max keys.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed; also where an input requires a

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import functional, sdpa
-from fastattn.dispatch import forced_backend
+from fastattn import functional
 
 
 @dataclass(frozen=True)
@@ -130,11 +129,6 @@ def _places(position: Tensor, key_cache: Tensor, block_table: Tensor | None) -> 
 def _dense(
     query: Tensor, key: Tensor, value: Tensor, how: Scoring, padding: Tensor | None = None, sequence: int | None = None
 ) -> Any:
-    if padding is None and _torch_serves(query, how):
-        # The query stands at the last key: no key is beyond it.
-        left = how.window[0]
-        lower = None if left is None else key.shape[2] - 1 - left
-        return sdpa.attention(query, key, value, scale=how.scale, lower=lower)
     slopes = how.alibi_slopes  # (1 or B, H)
     if slopes is not None and slopes.shape[0] == 1:
         slopes = slopes[0]
@@ -145,14 +139,3 @@ def _dense(
         softcap=how.softcap, alibi_slopes=slopes, sinks=how.sinks, causal_alignment="bottom-right",
         return_lse=how.return_lse,
     )  # fmt: skip
-
-
-def _torch_serves(query: Tensor, how: Scoring) -> bool:
-    """Whether torch's function is left to answer: on the CPU, nothing forced, one query, nothing it has not.
-
-    It packs no keys, which pays for many queries only: for one our C++ kernel took 1.9 to 6.4 times its time (AMD
-    EPYC, two cores).
-    """
-    if query.device.type != "cpu" or forced_backend() is not None or query.shape[2] != 1:
-        return False
-    return not how.return_lse and how.softcap is None and how.alibi_slopes is None and how.sinks is None

@@ -29,6 +29,10 @@ CASES = [
     Case(rows=200, columns=1100, head_dim=32),  # several splits in the backward
     Case(rows=60, columns=2200, head_dim=24),  # the higher row tile of the forward with weights
     Case(rows=70, columns=65, head_dim=256),
+    Case(rows=1, columns=2100, head_dim=64, heads=4, key_heads=2),  # splits of the keys
+    Case(rows=3, columns=1100, head_dim=48, heads=5, key_heads=5, sinks=True, padding=torch.bool, batch=2),
+    Case(rows=9, columns=1200, head_dim=40, heads=4, key_heads=1, mask=torch.float32, window=(900, 3)),
+    Case(batch=3, heads=4, key_heads=2, rows=100, columns=1100, head_dim=64),  # a few packed planes at a time
     Case(head_dim=33),
     Case(heads=6),
     Case(heads=4, key_heads=1, causal=True),
