@@ -25,6 +25,10 @@ namespace fastattn {
 
 enum class Type : uint8_t { boolean, half, bfloat16, single, twice };
 
+constexpr int64_t element_size(Type type) {
+  return type == Type::boolean ? 1 : type == Type::twice ? 8 : type == Type::single ? 4 : 2;
+}
+
 // The height of as few tiles as can be, of about the same height, at most `most`: 65 rows are 33 and 32.
 constexpr int64_t even_tiles(int64_t rows, int64_t most) {
   const int64_t tiles = rows > most ? (rows + most - 1) / most : 1;

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "attention_direct.h"
+#include "attend.h"
 #include "huge_pages.h"
 
 namespace fastattn {
@@ -33,8 +33,9 @@ static Tensor4 weights4(const at::Tensor& weights, WeightsMode mode) {
 // many: memory is new to the process each time, and comes back from beyond the caches.
 constexpr int64_t kPackedNumbers = int64_t{1} << 18;
 
-static void run_forward(Forward f) {
+static void attend_in_panels(Forward f) {
   const Problem& p = f.problem;
+  f.tile_rows = forward_rows(f.mode, p);
   const int64_t planes = f.unit_planes(), units = p.batch * p.key_heads / planes;
   const int64_t key = planes * p.padded_keys() * p.dim, value = planes * p.padded_keys() * p.padded_dim();
   const int64_t least = (at::get_num_threads() + planes - 1) / planes;
@@ -54,6 +55,17 @@ static void run_forward(Forward f) {
   }
 }
 
+void attend(const Forward& f) {
+  if (f.mode != WeightsMode::none || f.problem.drop_below || f.problem.rows > kDirectRows) return attend_in_panels(f);
+  Direct direct{};
+  direct.problem = f.problem;
+  direct.value = f.value;
+  direct.sinks = f.sinks;
+  direct.out = f.out;
+  direct.logsumexp = f.logsumexp;
+  attend_directly(direct);
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const std::optional<at::Tensor>& sinks,
     const ProblemArgs& args, int64_t weights_mode) {
@@ -66,7 +78,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
   f.problem = owned.problem;
   const Problem& p = f.problem;
   f.mode = static_cast<WeightsMode>(weights_mode);
-  f.tile_rows = forward_rows(f.mode, p);
   at::Tensor out = empty_heads_last(query);
   at::Tensor logsumexp = at::empty(logsumexp_shape(p), query.options().dtype(at::kFloat));
   at::Tensor weights = empty_weights(p, f.mode, query);
@@ -76,21 +87,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
     dense_sinks = sinks->to(at::kFloat).contiguous();
     f.sinks = dense_sinks.const_data_ptr<float>();
   }
-  if (f.mode == WeightsMode::none && !p.drop_below && p.rows <= kDirectRows) {
-    Direct direct{};
-    direct.problem = p;
-    direct.value = tensor4(value);
-    direct.sinks = f.sinks;
-    direct.out = tensor4(out);
-    direct.logsumexp = logsumexp.data_ptr<float>();
-    attend_directly(direct);
-    return {out, logsumexp, weights};
-  }
   f.value = tensor4(value);
   f.out = tensor4(out);
   f.logsumexp = logsumexp.data_ptr<float>();
   f.weights = weights4(weights, f.mode);
-  run_forward(f);
+  attend(f);
   return {out, logsumexp, weights};
 }
 

@@ -12,6 +12,7 @@
 #include "kv_cache.h"
 #include "layer_norm_lstm.h"
 #include "lstm.h"
+#include "packed_attention.h"
 #include "product.h"
 
 namespace pybind11::detail {
@@ -39,6 +40,22 @@ struct type_caster<fastattn::ProblemArgs> {
 namespace {
 
 using Optional = std::optional<at::Tensor>;
+using Int = std::optional<int64_t>;
+
+std::tuple<at::Tensor, at::Tensor> packed_attention(
+    at::Tensor query, at::Tensor key, at::Tensor value, at::Tensor cu_seq_q, at::Tensor cu_seq_k, Optional seqused_k,
+    int64_t max_q, int64_t max_k, double scale, Int left, Int right) {
+  return fastattn::packed_attention(query, key, value, {cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, scale, left, right});
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_attention_backward(
+    Optional grad_out, Optional grad_logsumexp, at::Tensor query, at::Tensor key, at::Tensor value, at::Tensor out,
+    at::Tensor logsumexp, at::Tensor cu_seq_q, at::Tensor cu_seq_k, Optional seqused_k, int64_t max_q, int64_t max_k,
+    double scale, Int left, Int right) {
+  return fastattn::packed_attention_backward(
+      grad_out, grad_logsumexp, query, key, value, out, logsumexp,
+      {cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, scale, left, right});
+}
 
 void kv_cache_append(
     at::Tensor key, at::Tensor value, at::Tensor new_key, at::Tensor new_value, at::Tensor lengths, Optional table) {
@@ -47,8 +64,7 @@ void kv_cache_append(
 
 std::tuple<at::Tensor, at::Tensor> kv_cache_attention(
     at::Tensor query, at::Tensor key, at::Tensor value, at::Tensor lengths, Optional table, Optional slopes,
-    Optional sinks, double scale, double softcap, std::optional<int64_t> left, std::optional<int64_t> right,
-    int64_t appended) {
+    Optional sinks, double scale, double softcap, Int left, Int right, int64_t appended) {
   return fastattn::kv_cache_attention(
       query, {key, value, lengths, table}, {slopes, sinks, scale, softcap, left, right}, appended);
 }
@@ -172,6 +188,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("attention_backward", &fastattn::attention_backward, NoGil());
   m.def("attention_weights", &fastattn::attention_weights, NoGil());
   m.def("attention_weights_backward", &fastattn::attention_weights_backward, NoGil());
+  m.def("packed_attention", &packed_attention, NoGil());
+  m.def("packed_attention_backward", &packed_attention_backward, NoGil());
   m.def("kv_cache_append", &kv_cache_append, NoGil());
   m.def("kv_cache_attention", &kv_cache_attention, NoGil());
   m.def("lstm_forward", &lstm_forward, Plain());

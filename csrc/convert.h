@@ -101,8 +101,7 @@ static inline void with_float_type(Type type, F f) {
 }
 
 static inline char* at(const Tensor4& t, int64_t i, int64_t j, int64_t k, int64_t l) {
-  const int64_t size = t.type == Type::boolean ? 1 : t.type == Type::twice ? 8 : t.type == Type::single ? 4 : 2;
-  return (char*)t.data + size * (i * t.stride[0] + j * t.stride[1] + k * t.stride[2] + l * t.stride[3]);
+  return (char*)t.data + element_size(t.type) * (i * t.stride[0] + j * t.stride[1] + k * t.stride[2] + l * t.stride[3]);
 }
 
 // Asks for the row some rows on: rows of one head are far apart where the heads of a row stand side by side, and the

@@ -9,20 +9,12 @@
 #include <limits>
 #include <vector>
 
-#include "attention_direct.h"
+#include "attend.h"
 #include "problem.h"
 
 namespace fastattn {
 
 namespace {
-
-std::vector<int64_t> integers(const char* name, const at::Tensor& tensor) {
-  const at::ScalarType type = tensor.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kInt || type == at::kLong, name, ": got dtype ", type, ", expected int32 or int64");
-  const at::Tensor dense = tensor.to(at::kLong).contiguous();
-  const int64_t* from = dense.const_data_ptr<int64_t>();
-  return {from, from + dense.numel()};
-}
 
 // A cache whose arguments fit together, and where its tokens are.
 struct Cache {

@@ -29,10 +29,24 @@ Tensor4 tensor4(const at::Tensor& tensor) {
   return result;
 }
 
+Tensor4 from_row(Tensor4 tensor, int64_t row) {
+  tensor.data = static_cast<char*>(tensor.data) + element_size(tensor.type) * row * tensor.stride[2];
+  return tensor;
+}
+
 static void check_cpu(const char* name, const at::Tensor& tensor) {
   TORCH_CHECK_VALUE(
       tensor.device().is_cpu() && tensor.layout() == at::kStrided, name, ": got a ", tensor.layout(), " tensor on ",
       tensor.device(), ", expected a strided one on the CPU");
+}
+
+std::vector<int64_t> integers(const char* name, const at::Tensor& tensor) {
+  check_cpu(name, tensor);
+  const at::ScalarType type = tensor.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kInt || type == at::kLong, name, ": got dtype ", type, ", expected int32 or int64");
+  const at::Tensor dense = tensor.to(at::kLong).contiguous();
+  const int64_t* from = dense.const_data_ptr<int64_t>();
+  return {from, from + dense.numel()};
 }
 
 void check_tensor(const char* name, const at::Tensor& tensor, at::IntArrayRef shape, at::ScalarType type) {

@@ -45,6 +45,12 @@ inline std::array<int64_t, 4> logsumexp_shape(const Problem& p) { return {2, p.b
 // The tensor's memory and strides; axes of size 1 get stride 0, so that they broadcast.
 Tensor4 tensor4(const at::Tensor& tensor);
 
+// That tensor without the rows before `row`, which the third axis counts.
+Tensor4 from_row(Tensor4 tensor, int64_t row);
+
+// The numbers of an int32 or int64 tensor on the CPU; throws for another.
+std::vector<int64_t> integers(const char* name, const at::Tensor& tensor);
+
 // Throws unless `tensor` is on the CPU and has that shape and type; `name` is what the message calls it.
 void check_tensor(const char* name, const at::Tensor& tensor, at::IntArrayRef shape, at::ScalarType type);
 

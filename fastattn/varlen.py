@@ -59,9 +59,10 @@ def varlen_attention(
         inputs), the shape torch's kernel gives. Both are differentiable. A query without a key has output 0 and
         LSE -inf.
 
-    The Triton kernels, where they are verified or forced, take the pack as it is and read no boundary on the host;
-    with a ``block_table``, and everywhere else, sequences of one length are one dense call. Boundaries are read for
-    that, which waits for a GPU; they are checked as they are read. Triton's cuts bad ones: see ``debug_checks``.
+    Our C++ kernels, and the Triton kernels where they are verified or forced, take the pack as it is; Triton's read no
+    boundary on the host. With a ``block_table``, and everywhere else, sequences of one length are one dense call.
+    Boundaries are read for that, which waits for a GPU; they are checked as they are read. Triton's cuts bad ones: see
+    ``debug_checks``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
@@ -80,9 +81,10 @@ def varlen_attention(
     return_lse = return_aux is not None and bool(return_aux.lse)
     check_inference_only(query, key, value, seqused_k=seqused_k, block_table=block_table)
     query, key, value = _autocast(query, key, value)
-    if cu_seq_k is not None and block_table is None and _in_one_kernel(query, value, return_lse):
+    backend = _backend(query, value, return_lse)
+    if cu_seq_k is not None and block_table is None and backend in (Backend.TRITON, Backend.CPU):
         out, logsumexp = torch.ops.fastattn.packed_attention(
-            query, key, value, cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, scale, left, right
+            query, key, value, cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, scale, left, right, backend.value
         )
         return (out, logsumexp[0]) if return_lse else out
     if torch.compiler.is_compiling():
@@ -105,12 +107,11 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(target) for tensor in tensors)
 
 
-def _in_one_kernel(query: Tensor, value: Tensor, return_lse: bool) -> bool:
-    """Whether the pack goes to the Triton kernels as it is."""
-    request = Request(
-        query.device.type, query.dtype, query.shape[-1], value.shape[-1], return_lse=return_lse, band=True
-    )  # fmt: skip
-    return choose(request) is Backend.TRITON
+def _backend(query: Tensor, value: Tensor, return_lse: bool) -> Backend:
+    """Triton's and our C++ kernels take the pack as it is."""
+    return choose(
+        Request(query.device.type, query.dtype, query.shape[-1], value.shape[-1], return_lse=return_lse, band=True)
+    )
 
 
 def _definition(

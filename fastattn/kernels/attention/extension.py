@@ -96,6 +96,18 @@ def attention_weights_backward(
     return result
 
 
+def packed_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    """Of ``fastattn::packed_attention``, without its backend."""
+    result: tuple[Tensor, Tensor] = _extension.packed_attention(*args)
+    return result
+
+
+def packed_attention_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``fastattn::packed_attention_backward``, without its backend."""
+    result: tuple[Tensor, Tensor, Tensor] = _extension.packed_attention_backward(*args)
+    return result
+
+
 def kv_cache_append(*args: Any) -> None:
     """key_cache, value_cache, new_key, new_value, cache_lengths, block_table of ``fastattn::kv_cache_append``."""
     _extension.kv_cache_append(*args)

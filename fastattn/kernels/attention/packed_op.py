@@ -1,4 +1,4 @@
-"""The operators of attention of packed sequences by the Triton kernels: schema, shape rule, autograd.
+"""The operators of attention of packed sequences by our kernels: schema, shape rule, autograd.
 
 | operator (torch.ops.fastattn) | returns                              |
 |-------------------------------|--------------------------------------|
@@ -8,8 +8,10 @@
 query (Tq, H, D), key and value (Tk, Hkv, D), H a multiple of Hkv; cu_seq_q and cu_seq_k (N + 1) and seqused_k (N),
 int32 or int64; max_q and max_k, at least the lengths of the longest sequence; a query sees the keys up to ``left``
 before and ``right`` after its position, None leaves a side open, and the last query of a sequence stands at its last
-key. Boundaries are not read on the host: descending ones, or such as lie outside the tensors, are cut, and rows of no
-sequence are 0, with a logsumexp of -inf. What is computed: ``fastattn.varlen_eager``.
+key; backend "triton" or "cpu". What is computed: ``fastattn.varlen_eager``.
+
+On a GPU boundaries are not read on the host: descending ones, or such as lie outside the tensors, are cut, and rows of
+no sequence are 0, with a logsumexp of -inf. On the CPU they raise.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from torch import Tensor
 
 from fastattn import debug
 from fastattn.kernels import definition
-from fastattn.kernels.attention import packed_launch
+from fastattn.kernels.attention import extension, packed_launch
 
 _SEQUENCES = (
     "Tensor cu_seq_q, Tensor cu_seq_k, Tensor? seqused_k, SymInt max_q, SymInt max_k, float scale, SymInt? left, "
-    "SymInt? right"
+    "SymInt? right, str backend"
 )
 _SCHEMAS = {
     "packed_attention": f"(Tensor query, Tensor key, Tensor value, {_SEQUENCES}) -> (Tensor, Tensor)",
@@ -39,7 +41,7 @@ _library = torch.library.Library("fastattn", "FRAGMENT")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-# (query, key, value, *sequences) -> out, logsumexp (H, Tq): plain PyTorch, differentiable to any order.
+# (query, key, value, *sequences but the backend) -> out, logsumexp (H, Tq): plain PyTorch, differentiable to any order.
 # ``fastattn.varlen`` puts it here, because kernels import nothing that stands above them.
 second_derivative: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {}
 
@@ -48,18 +50,28 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, seqused_k: Tensor | None, max_q: int,
     max_k: int, *rest: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    *numbers, backend = rest
+    sequences = (cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, *numbers)
+    if backend == "cpu":  # it checks the boundaries itself
+        return extension.packed_attention(query, key, value, *sequences)
     if debug.may_read(cu_seq_q):
         debug.check_cu_seq("cu_seq_q", cu_seq_q.tolist(), query.shape[0], max_q, "max_q")
         bounds = cu_seq_k.tolist()
         debug.check_cu_seq("cu_seq_k", bounds, key.shape[0], max_k, "max_k")
         if seqused_k is not None:
             debug.check_used(seqused_k.tolist(), bounds)
-    return packed_launch.packed_attention(query, key, value, cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, *rest)
+    return packed_launch.packed_attention(query, key, value, *sequences)
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *rest, backend = arguments
+    backward = extension.packed_attention_backward if backend == "cpu" else packed_launch.packed_attention_backward
+    return backward(*rest)
 
 
 for _key in ("CPU", "CUDA"):
     _library.impl("packed_attention", _forward, _key)
-    _library.impl("packed_attention_backward", packed_launch.packed_attention_backward, _key)
+    _library.impl("packed_attention_backward", _backward, _key)
 
 
 @torch.library.register_fake("fastattn::packed_attention", lib=_library)
@@ -87,7 +99,7 @@ def _vjp(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor | None) -> tu
     if definition.asked_for(grad_out, grad_logsumexp):
         dlogsumexp = None if grad_logsumexp is None else grad_logsumexp[0]
         grads = definition.gradients(
-            lambda *inputs: second_derivative["packed"](*inputs, *bounds, *ctx.numbers),
+            lambda *inputs: second_derivative["packed"](*inputs, *bounds, *ctx.numbers[:-1]),
             (query, key, value),
             [place for place in range(3) if ctx.needs_input_grad[place]],
             (grad_out, dlogsumexp),

@@ -1,5 +1,5 @@
 // The driver of the attention that reads keys where they are.
-#include "attention_direct.h"
+#include "attend.h"
 
 #include <algorithm>
 
