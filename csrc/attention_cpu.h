@@ -183,6 +183,7 @@ struct Backward {
   }
 };
 
+struct AdditiveKernels;       // additive_cpu.h
 struct LstmKernels;           // lstm_cpu.h
 struct LayerNormLstmKernels;  // layer_norm_lstm_cpu.h
 
@@ -200,6 +201,7 @@ struct Kernels {
   void (*weights_tile)(const Weights&, int64_t task, float* scratch);
   int64_t (*backward_scratch)(const Backward&);
   void (*backward_task)(const Backward&, int64_t task, float* scratch);
+  const AdditiveKernels* additive;
   const LstmKernels* lstm;
   const LayerNormLstmKernels* layer_norm_lstm;
   const SplitKernels* split;

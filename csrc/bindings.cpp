@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "additive.h"
 #include "attention.h"
 #ifdef FASTATTN_CUDA
 #include "cuda/paths.h"
@@ -55,6 +56,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_attention_backward(
   return fastattn::packed_attention_backward(
       grad_out, grad_logsumexp, query, key, value, out, logsumexp,
       {cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, scale, left, right});
+}
+
+at::Tensor additive_scores(
+    at::Tensor query, at::Tensor key, at::Tensor weight, Optional coverage, Optional coverage_weight, Optional mask) {
+  return fastattn::additive_scores({query, key, weight, coverage, coverage_weight, mask});
+}
+
+fastattn::AdditiveGradients additive_scores_backward(
+    at::Tensor dscores, at::Tensor query, at::Tensor key, at::Tensor weight, Optional coverage,
+    Optional coverage_weight, Optional mask, bool coverage_grad) {
+  return fastattn::additive_scores_backward(
+      dscores, {query, key, weight, coverage, coverage_weight, mask}, coverage_grad);
 }
 
 void kv_cache_append(
@@ -190,6 +203,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("attention_weights_backward", &fastattn::attention_weights_backward, NoGil());
   m.def("packed_attention", &packed_attention, NoGil());
   m.def("packed_attention_backward", &packed_attention_backward, NoGil());
+  m.def("additive_scores", &additive_scores, Plain());
+  m.def("additive_scores_backward", &additive_scores_backward, Plain());
   m.def("kv_cache_append", &kv_cache_append, NoGil());
   m.def("kv_cache_attention", &kv_cache_attention, NoGil());
   m.def("lstm_forward", &lstm_forward, Plain());

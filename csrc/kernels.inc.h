@@ -26,6 +26,7 @@ namespace {
 #include "direct_tile.h"
 #include "weights_tile.h"
 #include "backward_tile.h"
+#include "additive_tile.h"
 #include "lstm_tile.h"
 #include "layer_norm_lstm_tile.h"
 
@@ -33,9 +34,9 @@ namespace {
 
 extern const Kernels table;
 const Kernels table = {
-    ISA_NAME,       forward_pack,     forward_scratch, forward_tile,           direct_scratch, direct_tile, direct_join,
-    weights_pack,   weights_scratch,  weights_tile,    backward_scratch,       backward_task,
-    &lstm_table,    &layer_norm_lstm_table,            &split_table,           &panel_table,
+    ISA_NAME,       forward_pack,    forward_scratch, forward_tile,     direct_scratch, direct_tile,
+    direct_join,    weights_pack,    weights_scratch, weights_tile,     backward_scratch, backward_task,
+    &additive_table, &lstm_table,    &layer_norm_lstm_table, &split_table, &panel_table,
 };
 
 }  // namespace ISA

@@ -1,4 +1,5 @@
 // The kernels for AVX2 with FMA: 16 registers of 8 floats.
+#include "additive_cpu.h"
 #include "attention_cpu.h"
 #include "layer_norm_lstm_cpu.h"
 #include "lstm_cpu.h"

@@ -1,4 +1,5 @@
 // The kernels for AVX-512: 32 registers of 16 floats.
+#include "additive_cpu.h"
 #include "attention_cpu.h"
 #include "layer_norm_lstm_cpu.h"
 #include "lstm_cpu.h"

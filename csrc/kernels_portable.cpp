@@ -1,4 +1,5 @@
 // The kernels in the instructions every processor of the architecture has: SSE2 on x86-64, NEON on 64-bit Arm.
+#include "additive_cpu.h"
 #include "attention_cpu.h"
 #include "layer_norm_lstm_cpu.h"
 #include "lstm_cpu.h"

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn import additive_validation as checks
 from fastattn import dispatch, reference_additive, transforms, validation
 from fastattn.dispatch import Backend
-from fastattn.kernels.additive import launch, op
+from fastattn.kernels.additive import extension, launch, op
 
 op.eager_scores["scores"] = reference_additive.scores
 
@@ -56,9 +56,10 @@ def additive_attention(
         The output (B, Tq, Dv) in query's dtype; with ``need_weights`` a pair of it and the weights (B, Tq, Tk) in the
         same dtype, differentiable. A query whose keys are all masked has output 0, weights 0 and finite gradients.
 
-    Backends, for ``fastattn.backend``: "triton", our Triton kernels; "cpu", the tiled path in plain PyTorch, on CPU
-    tensors; "reference", the eager definition, which holds the (B, Tq, Tk, D) tensor. Without one, the Triton kernels
-    where they are verified, else the tiled path, which runs on every device. A second derivative is the eager one.
+    Backends, for ``fastattn.backend``: "triton", our Triton kernels; "cpu", our C++ kernels, on CPU tensors;
+    "reference", the eager definition, which holds the (B, Tq, Tk, D) tensor. Without one, the C++ kernels on the CPU
+    and the Triton kernels where they are verified. Else, and for float64 on the CPU, tiles in plain PyTorch, which run
+    on every device. A second derivative is the eager one.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
@@ -85,13 +86,14 @@ def additive_attention(
 
 
 def _choose(query: Tensor) -> str | None:
-    """The operator's backend, "triton" or "tiled"; None for the eager definition."""
+    """The operator's backend, "triton", "cpu" or "tiled"; None for the eager definition."""
     forced, device_type = dispatch.forced_backend(), query.device.type
     if forced is Backend.REFERENCE or (forced is None and transforms.transformed()):
         return None
+    on_cpu = "tiled" if extension.why_not(device_type, query.dtype) else "cpu"
     if forced is None:
         able = launch.verified(device_type) and launch.why_not(device_type, query.dtype) is None
-        return "triton" if able else "tiled"
+        return "triton" if able else on_cpu
     reason = None
     if transforms.transformed():
         reason = transforms.REASON
@@ -103,4 +105,4 @@ def _choose(query: Tensor) -> str | None:
         reason = f"device {device_type}; the path of this backend runs on the CPU"
     if reason is not None:
         raise RuntimeError(f'fastattn.backend("{forced}") cannot serve this call: {reason}')
-    return "triton" if forced is Backend.TRITON else "tiled"
+    return "triton" if forced is Backend.TRITON else on_cpu

@@ -11,14 +11,18 @@ rounded once in float32 before exp. A rounding of x moves tanh(x) by |x| (1 - ta
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 import fastattn
+from fastattn.kernels.additive import extension
 
 Named = dict[str, Tensor]
 
@@ -95,6 +99,25 @@ def _padding(case: AdditiveCase, generator: torch.Generator) -> Tensor:
     if case.padding_kind == "holes":
         return torch.rand(case.batch, case.columns, generator=generator) > 0.5
     return place < (torch.zeros_like(length) if case.padding_kind == "all" else length)
+
+
+def operator_name(backend: str) -> str:
+    """What the operator calls the path that ``serving(backend)`` takes for float32 on this device."""
+    if backend in ("triton", "tiled"):
+        return backend
+    return "tiled" if extension.why_not("cuda" if torch.cuda.is_available() else "cpu", torch.float32) else "cpu"
+
+
+@contextlib.contextmanager
+def serving(backend: str) -> Iterator[None]:
+    """``fastattn.backend``, and "tiled": what is taken where there is neither the extension nor Triton."""
+    if backend != "tiled":
+        with fastattn.backend(backend):
+            yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extension, "why_not", lambda *_: "not built")
+        yield
 
 
 def public_call(inputs: Named) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from additive_cases import AdditiveCase, additive_cases, check, evaluate, make_inputs, public_call
+from additive_cases import (
+    AdditiveCase,
+    additive_cases,
+    check,
+    evaluate,
+    make_inputs,
+    operator_name,
+    public_call,
+    serving,
+)
 from hypothesis import given, settings
 from torch import Tensor
 
@@ -20,7 +29,7 @@ from fastattn.kernels.additive.config import Blocks, Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = launch.why_not(DEVICE, torch.float32) is None
-BACKENDS = ["auto", *([Backend.TRITON] if TRITON else [])]
+BACKENDS = ["auto", "tiled", *([Backend.TRITON] if TRITON else [])]
 NEEDS_TRITON = pytest.mark.skipif(not TRITON, reason="needs CUDA or TRITON_INTERPRET=1")
 Case = AdditiveCase
 FUZZ = int(os.environ.get("FASTATTN_FUZZ", "100"))
@@ -66,7 +75,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FEATURES)
 def test_feature(name: str, backend: str) -> None:
-    with fastattn.backend(backend):
+    with serving(backend):
         check(FEATURES[name], DEVICE)
 
 
@@ -93,7 +102,7 @@ def test_reference(name: str) -> None:
 def test_the_tiles_that_ship() -> None:
     case = Case(batch=2, rows=70, columns=67, features=3, padding=torch.bool, coverage="keys")
     for backend in BACKENDS:
-        with fastattn.backend(backend), pytest.MonkeyPatch.context() as patch:
+        with serving(backend), pytest.MonkeyPatch.context() as patch:
             patch.setattr(config, "BLOCKS", Blocks())
             patch.setattr(config, "_override", None)
             check(case, DEVICE)
@@ -106,7 +115,7 @@ def test_tanh_keeps_its_digits(backend: str) -> None:
     sizes = torch.cat([torch.logspace(-30, 1.3, 200), torch.linspace(0.6, 0.65, 50), torch.tensor([0.0, 50.0, 300.0])])
     query = torch.cat([sizes, -sizes]).to(DEVICE).view(1, -1, 1).requires_grad_()
     zero, one = torch.zeros(1, 1, 1, device=DEVICE), torch.ones(1, device=DEVICE)
-    name = "triton" if backend == Backend.TRITON else "tiled"
+    name = operator_name(backend)
     scores = torch.ops.fastattn.additive_scores(query, zero, one, None, None, None, name)
     (slope,) = torch.autograd.grad(scores.sum(), query)
     wide = query.detach().double()
@@ -120,7 +129,7 @@ def test_tanh_keeps_its_digits(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_at_every_run(backend: str) -> None:
     case = Case(batch=1, rows=19, columns=11, features=5, coverage="entries", padding=torch.bool)
-    with fastattn.backend(backend):
+    with serving(backend):
         first, second = (evaluate(public_call, case, make_inputs(case, DEVICE)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -131,7 +140,7 @@ def test_keys_behind_the_last_one_are_not_read(backend: str) -> None:
     inputs = make_inputs(case, DEVICE)
     inputs["key_padding_mask"] = (torch.arange(24, device=DEVICE) < 6).expand(2, -1)
     inputs["key"][:, 6:] = float("nan")
-    with fastattn.backend(backend):
+    with serving(backend):
         results = evaluate(public_call, case, inputs)
     assert all(result.isfinite().all() for result in results.values())
 
@@ -141,7 +150,7 @@ def test_lowest_float_is_unlikely_but_not_masked(backend: str) -> None:
     query, key, weight = torch.randn(1, 4, 8), torch.zeros(1, 6, 8), torch.randn(8)
     mask = torch.full((4, 6), torch.finfo(torch.float32).min)
     tensors = (tensor.to(DEVICE) for tensor in (query, key, torch.ones(1, 6, 2), weight))
-    with fastattn.backend(backend):
+    with serving(backend):
         _, weights = fastattn.additive_attention(*tensors, attn_mask=mask.to(DEVICE), need_weights=True)
     torch.testing.assert_close(weights, torch.full_like(weights, 1 / 6))
 
@@ -209,7 +218,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
 def test_bad_input(row: tuple[Any, type[Exception], str]) -> None:
     changed = {name: x.to(DEVICE) if isinstance(x, Tensor) and not x.is_meta else x for name, x in row[0].items()}
     for backend in (*BACKENDS, "reference"):
-        with fastattn.backend(backend), pytest.raises(row[1], match=row[2]):
+        with serving(backend), pytest.raises(row[1], match=row[2]):
             fastattn.additive_attention(**_good() | changed)
 
 

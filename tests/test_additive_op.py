@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from additive_cases import AdditiveCase, evaluate, make_inputs, public_call
+from additive_cases import AdditiveCase, evaluate, make_inputs, operator_name, public_call, serving
 from test_additive import BACKENDS, DEVICE, NEEDS_TRITON
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,7 +51,7 @@ def _inputs(dtype: torch.dtype, coverage: str | None, padded: bool) -> list[Any]
 @pytest.mark.parametrize("coverage", [None, "keys", "entries"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(backend: str, coverage: str | None, dtype: torch.dtype) -> None:
-    name = "triton" if backend == Backend.TRITON else "tiled"
+    name = operator_name(backend)
     inputs = _inputs(dtype, coverage, padded=dtype == torch.bfloat16)
     # The eager and the compiled run of a test draw gradients of their own; half precision rounds them apart.
     tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
@@ -90,7 +90,7 @@ def test_compile_once_for_all_lengths(backend: str, compiler: str) -> None:
         _loss, fullgraph=True, dynamic=True, backend=counter if compiler == "count" else compiler
     )
     lengths = range(11, 23, 1 if compiler == "count" and backend != Backend.TRITON else 4)
-    with fastattn.backend(backend):
+    with serving(backend):
         for length in lengths:  # from 11: dynamic shapes tie sizes that are equal at the first call
             query = torch.randn(2, length, 8, device=DEVICE, requires_grad=True)
             key = torch.randn(2, length + 3, 8, device=DEVICE, requires_grad=True)
@@ -111,7 +111,7 @@ def test_autocast_casts_inputs_and_leaves_masks_and_coverage(backend: str) -> No
     inputs["attn_mask"] = torch.full((11,), -70000.0, device=DEVICE)  # -inf in float16: every row would be empty
     inputs["key"] = inputs["key"].detach().half()  # autocast brings dtypes together
     leaves = [inputs[name] for name in ("query", "value", "weight", "coverage", "coverage_weight")]
-    with fastattn.backend(backend):
+    with serving(backend):
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             out, weights = public_call(inputs)
             inside = torch.autograd.grad(out.float().sum() + weights[..., 0].float().sum(), leaves, retain_graph=True)
@@ -159,7 +159,7 @@ def test_gradients_nobody_asks_for(backend: str) -> None:
     """Coverage without a gradient, results one at a time, and a graph of which nothing is wanted."""
     inputs = make_inputs(AdditiveCase(coverage="entries"), DEVICE)
     query = inputs["query"].requires_grad_()
-    with fastattn.backend(backend):
+    with serving(backend):
         expected = evaluate(public_call, AdditiveCase(coverage="entries", loss=("weights",)), inputs)["dquery"]
         out, weights = public_call(inputs)
         (grad,) = torch.autograd.grad((weights * inputs["weigh_weights"]).sum(), query)
@@ -172,7 +172,7 @@ def test_gradients_nobody_asks_for(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_entries_have_no_gradient(backend: str) -> None:
     """Whatever gradient arrives there: the score is -inf, a constant."""
-    name = "triton" if backend == Backend.TRITON else "tiled"
+    name = operator_name(backend)
     inputs = [tensor if tensor is None else tensor.detach() for tensor in _inputs(torch.float32, "entries", False)[:5]]
     mask = torch.tensor([[True, False, True, True, False], [True, True, False, True, True]], device=DEVICE)
     dscores = torch.randn(2, 3, 5, device=DEVICE)

@@ -14,7 +14,7 @@ an entry and is plain PyTorch, in ``fastattn.reference_additive``.
 
 Arguments, checked by ``fastattn.additive`` before they come here: query (B, Tq, D), key (B, Tk, D) and weight (D) of
 one dtype; coverage (B, 1 or Tq, Tk) floating and coverage_weight (D), both or none; key_padding_mask (B, Tk) boolean,
-True takes part; backend "triton" or "tiled".
+True takes part; backend "triton", "cpu" or "tiled".
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels import definition
-from fastattn.kernels.additive import launch, shapes, tiled
+from fastattn.kernels.additive import extension, launch, shapes, tiled
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor weight, Tensor? coverage, Tensor? coverage_weight, Tensor? key_padding_mask"
 )
-_BACKENDS: dict[str, Any] = {"triton": launch, "tiled": tiled}
+_BACKENDS: dict[str, Any] = {"triton": launch, "cpu": extension, "tiled": tiled}
 # Autocast casts these positions; coverage keeps its own dtype, as a mask does: a sum of many weights.
 _CAST = (0, 1, 2, 4)
 
@@ -57,7 +57,7 @@ def _scores(
     key_padding_mask: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
     result: Tensor = _BACKENDS[backend].scores(query, key, weight, coverage, coverage_weight, key_padding_mask)
-    if key_padding_mask is not None:
+    if key_padding_mask is not None and backend != "cpu":  # there the kernel has
         result.masked_fill_(~key_padding_mask.unsqueeze(1), float("-inf"))
     return result
 
@@ -66,7 +66,7 @@ def _scores_backward(
     dscores: Tensor, query: Tensor, key: Tensor, weight: Tensor, coverage: Tensor | None,
     coverage_weight: Tensor | None, key_padding_mask: Tensor | None, coverage_grad: bool, backend: str,
 ) -> Backward:  # fmt: skip
-    if key_padding_mask is not None:
+    if key_padding_mask is not None and backend != "cpu":
         dscores = dscores.masked_fill(~key_padding_mask.unsqueeze(1), 0.0)
     # A program may call backward inside its autocast block: the products of the tiled path keep their dtype.
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
