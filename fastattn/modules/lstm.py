@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -13,6 +14,7 @@ from fastattn import lstm_dispatch
 from fastattn.dispatch import Backend, Explanation
 from fastattn.kernels.device import on
 from fastattn.kernels.lstm import layer as kernels
+from fastattn.kernels.lstm import stack
 from fastattn.modules import recurrent
 from fastattn.modules.recurrent import State
 from fastattn.validation import autocast_enabled
@@ -249,20 +251,10 @@ class LSTM(RNNBase):
             return kernels.torch_layers(self.num_layers, data, batch_sizes, h0, c0, weights)
         if backend is Backend.CUDA and self._why_in_turn() is None:
             return kernels.lstm_layers(backend.value, data, batch_sizes, h0, c0, weights)
-        directions, per_layer = h0.shape[0] // self.num_layers, len(weights) // self.num_layers
-        states = []
-        for layer in range(self.num_layers):
-            if layer > 0 and dropout > 0.0:
-                data = _dropout(data, dropout)
-            rows = slice(layer * directions, (layer + 1) * directions)
-            of_layer = weights[layer * per_layer : (layer + 1) * per_layer]
-            data, *state = recurrent.layer(backend, data, batch_sizes, h0[rows], c0[rows], of_layer)
-            states.append(state)
-        if self.num_layers == 1:
-            h_n, c_n = states[0]
-        else:
-            h_n, c_n = (torch.cat(parts) for parts in zip(*states, strict=True))
-        return data, h_n, c_n
+        return stack.in_turn(
+            partial(recurrent.layer, backend), self.num_layers, data, batch_sizes, h0, c0, weights,
+            partial(_dropout, p=dropout) if dropout > 0.0 else None,
+        )  # fmt: skip
 
 
 def _batch_of(batch_sizes: Tensor, order: Tensor | None) -> int:

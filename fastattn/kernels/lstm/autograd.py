@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels import definition, onlookers
-from fastattn.kernels.lstm import extension, torch_lstm
+from fastattn.kernels.lstm import extension, stack, torch_lstm
+from fastattn.kernels.lstm.stack import Layer, Results
 
 # "layer": (input, batch_sizes, h0, c0, weights) -> out, h_n, c_n. Plain PyTorch, differentiable to any order;
 # ``fastattn.double_backward`` puts it here, because kernels import nothing that stands above them.
-second_derivative: dict[str, Callable[..., Results]] = {}
+second_derivative: dict[str, Layer] = {}
 
-Results = tuple[Tensor, Tensor, Tensor]  # out, h_n, c_n
 _RESULTS = 3
 
 
@@ -180,21 +180,8 @@ def _by_definition(
 ) -> list[Tensor | None]:
     """Gradients of (input, h0, c0, *weights) by the definition."""
     places = [place for place, need in enumerate(needed) if need]
+    one = second_derivative["layer"]
     return definition.gradients(
-        lambda *given: _layers_by_definition(given, batch_sizes, layers), tensors, places, grads
-    )
-
-
-def _layers_by_definition(
-    tensors: Sequence[Tensor], batch_sizes: Tensor | None, layers: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    out, h0, c0, *weights = tensors
-    directions, per_layer = h0.shape[0] // layers, len(weights) // layers
-    states = []
-    for layer in range(layers):
-        rows = slice(layer * directions, (layer + 1) * directions)
-        of_layer = weights[layer * per_layer : (layer + 1) * per_layer]
-        out, *state = second_derivative["layer"](out, batch_sizes, h0[rows], c0[rows], of_layer)
-        states.append(state)
-    h_n, c_n = (torch.cat(parts) for parts in zip(*states, strict=True))
-    return out, h_n, c_n
+        lambda input, h0, c0, *weights: stack.in_turn(one, layers, input, batch_sizes, h0, c0, weights),
+        tensors, places, grads,
+    )  # fmt: skip

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels import onlookers
-from fastattn.kernels.lstm import autograd, extension, op, steps, torch_lstm  # noqa: F401  op registers torch.ops.fastattn
+from fastattn.kernels.lstm import (
+    autograd,
+    extension,
+    op,  # noqa: F401  op registers torch.ops.fastattn
+    stack,
+    steps,
+    torch_lstm,
+)
 
 
 def lstm_layer(
@@ -64,27 +71,17 @@ def torch_layers(
     """out, h_n and c_n of ``layers`` layers without dropout by torch's own LSTM."""
     # The operator is one layer of one device's kernels; torch's function takes whatever else there is.
     if torch.compiler.is_compiling() and input.device.type in ("cpu", "cuda"):
-        return _traced_layers(layers, input, batch_sizes, h0, c0, weights)
+        return stack.in_turn(_traced_layer, layers, input, batch_sizes, h0, c0, weights)
     if input.is_cuda and _needs_grad(input, h0, c0, weights) and not onlookers.present(input, h0, c0, *weights):
         return autograd.torch_layers(layers, input, batch_sizes, h0, c0, *weights)
     return torch_lstm.run(input, batch_sizes, h0, c0, weights, layers)
 
 
-def _traced_layers(
-    layers: int, input: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, weights: list[Tensor]
+def _traced_layer(
+    input: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    directions, per_layer = h0.shape[0] // layers, len(weights) // layers
-    states = []
-    for layer in range(layers):
-        rows = slice(layer * directions, (layer + 1) * directions)
-        of_layer = weights[layer * per_layer : (layer + 1) * per_layer]
-        input, h_n, c_n, _, _ = torch.ops.fastattn.lstm_layer(
-            input, batch_sizes, h0[rows], c0[rows], of_layer, False, "torch"
-        )
-        states.append((h_n, c_n))
-    if layers == 1:
-        return input, *states[0]
-    return input, torch.cat([h_n for h_n, _ in states]), torch.cat([c_n for _, c_n in states])
+    out, h_n, c_n, _, _ = torch.ops.fastattn.lstm_layer(input, batch_sizes, h0, c0, weights, False, "torch")
+    return out, h_n, c_n
 
 
 def _needs_grad(input: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor]) -> bool:

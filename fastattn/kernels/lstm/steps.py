@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastattn.kernels.attention.extension import mm
 from fastattn.kernels.lstm import autograd, extension
-from fastattn.kernels.lstm.autograd import Results
+from fastattn.kernels.lstm.stack import Results
 
 # Rows whose part in the gradients of the weights is taken at a time: what waits for it stays small beside the weights,
 # and writing the gradients once more costs little beside the product of so many rows.
