@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from fastattn.profiling import options as given
+from fastattn.profiling.page import Profile
 from fastattn.profiling.ranges import write_trace
-from fastattn.profiling.sweep import Profile, bound, profile
+from fastattn.profiling.sweep import bound, profile
 from fastattn.profiling.workloads import Shape, Workload, build
 
 _INTERRUPTED = 130  # what a shell reports after Ctrl-C

@@ -1,20 +1,19 @@
-"""The report of a profile over the sequence length: one HTML file that holds its pictures and needs no network."""
+"""A profile over the sequence length and its report: one HTML file that holds its pictures and needs no network."""
 
 from __future__ import annotations
 
 import base64
 import html
 import importlib.util
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from fastattn.profiling.plot import write_sweep_plot
-from fastattn.profiling.sweep_table import HEADER, cells, ordered, summary
+from fastattn.profiling.sweep_table import HEADER, Measurement, cells, ordered, summary, table
 
-if TYPE_CHECKING:
-    from fastattn.profiling.sweep import Profile
-
-PAGE, PICTURE = "sweep.html", "profile.png"
+RECORD, PAGE, PICTURE = "sweep.json", "sweep.html", "profile.png"
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;width:100%}th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid #ddd}"
@@ -23,7 +22,43 @@ _STYLE = (
 )
 
 
-def write_page(profile: Profile, out: Path) -> list[Path]:
+@dataclass(frozen=True)
+class Profile:
+    """What ``profile`` measured, with device, versions and date. ``print`` shows the table and the summary."""
+
+    title: str
+    environment: dict[str, Any]
+    measurements: list[Measurement]
+    interrupted: bool = False
+
+    def __add__(self, other: Profile) -> Profile:
+        """Both in one table: a model before and after ``patch``."""
+        if not isinstance(other, Profile):
+            return NotImplemented
+        return Profile(
+            self.title,
+            self.environment,
+            [*self.measurements, *other.measurements],
+            self.interrupted or other.interrupted,
+        )
+
+    def __str__(self) -> str:
+        lines = [self.title, self.environment["device"], table(self.measurements)]
+        lines += summary(self.measurements)
+        return "\n".join([*lines, "stopped early"] if self.interrupted else lines)
+
+    def write(self, out: Path) -> list[Path]:
+        """Write ``sweep.json``, ``sweep.html`` and, where matplotlib is, ``profile.png`` to the folder ``out``.
+
+        The page holds its pictures and loads nothing from elsewhere. Returns the paths.
+        """
+        out.mkdir(parents=True, exist_ok=True)
+        record = asdict(self)
+        (out / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        return [out / RECORD, *_write_page(self, out)]
+
+
+def _write_page(profile: Profile, out: Path) -> list[Path]:
     """Write ``sweep.html`` to the folder ``out``, and ``profile.png`` where matplotlib is and something ran.
 
     Returns the paths.
@@ -36,11 +71,11 @@ def write_page(profile: Profile, out: Path) -> list[Path]:
             title = f"{profile.title}, {profile.environment['device']}"
             write_sweep_plot(profile.measurements, out / PICTURE, title)
             written.append(out / PICTURE)
-    (out / PAGE).write_text(page(profile, written), encoding="utf-8")
+    (out / PAGE).write_text(_page(profile, written), encoding="utf-8")
     return [out / PAGE, *written]
 
 
-def page(profile: Profile, pictures: list[Path]) -> str:
+def _page(profile: Profile, pictures: list[Path]) -> str:
     """The text of the page; ``pictures`` are PNG files, which become part of it."""
     environment = profile.environment
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fastattn.profiling import sweep_table
 from fastattn.profiling.environment import describe
 from fastattn.profiling.memory import peak_memory
+from fastattn.profiling.page import Profile
 from fastattn.profiling.prediction import free_memory, is_out_of_memory, predicted_bytes
 from fastattn.profiling.sweep_table import OUT_OF_MEMORY, Measurement
 from fastattn.profiling.timing import interleaved
 
-RECORD = "sweep.json"
 # On the CPU a length is left out that would take more than this share of the available memory: beyond it the system
 # ends processes instead of refusing memory.
 _SHARE = 0.8
@@ -31,44 +28,6 @@ _PROBES, _LONG = (512, 1024), 2048
 _LEAST_ROUNDS = 3
 
 Run = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What ``profile`` measured, with device, versions and date. ``print`` shows the table and the summary."""
-
-    title: str
-    environment: dict[str, Any]
-    measurements: list[Measurement]
-    interrupted: bool = False
-
-    def __add__(self, other: Profile) -> Profile:
-        """Both in one table: a model before and after ``patch``."""
-        if not isinstance(other, Profile):
-            return NotImplemented
-        return Profile(
-            self.title,
-            self.environment,
-            [*self.measurements, *other.measurements],
-            self.interrupted or other.interrupted,
-        )
-
-    def __str__(self) -> str:
-        lines = [self.title, self.environment["device"], sweep_table.table(self.measurements)]
-        lines += sweep_table.summary(self.measurements)
-        return "\n".join([*lines, "stopped early"] if self.interrupted else lines)
-
-    def write(self, out: Path) -> list[Path]:
-        """Write ``sweep.json``, ``sweep.html`` and, where matplotlib is, ``profile.png`` to the folder ``out``.
-
-        The page holds its pictures and loads nothing from elsewhere. Returns the paths.
-        """
-        from fastattn.profiling.page import write_page
-
-        out.mkdir(parents=True, exist_ok=True)
-        record = asdict(self)
-        (out / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-        return [out / RECORD, *write_page(self, out)]
 
 
 def profile(
