@@ -26,8 +26,8 @@ class PlainMultiheadAttention(nn.MultiheadAttention):
         return out.contiguous(), weights
 
 
-class PlainAdditiveAttention(fastattn.AdditiveAttention):
-    """v^T tanh(W_q s_i + W_k h_j) with its (B, Tq, Tk, D) tensor."""
+class _PlainAttention(nn.Module):
+    """softmax(scores) values of a module with ``project_keys`` and ``scores``."""
 
     def forward(
         self,
@@ -38,48 +38,40 @@ class PlainAdditiveAttention(fastattn.AdditiveAttention):
         coverage: Tensor | None = None,
         need_weights: bool = False,
     ) -> Any:
-        queries = query.unsqueeze(1) if query.dim() == 2 else query
+        """Arguments and results as of fastattn's modules; key_padding_mask (B, Tk) is boolean, True takes part."""
+        step = query.dim() == 2
         keys = key if isinstance(key, ProjectedKeys) else self.project_keys(key)
-        hidden = self.query_projection(queries).unsqueeze(2) + keys.projection.unsqueeze(1)
+        scores = self.scores(query.unsqueeze(1) if step else query, keys.projection, coverage)  # (B, Tq, Tk)
+        if key_padding_mask is not None:
+            scores = scores.masked_fill(~key_padding_mask.unsqueeze(1), -math.inf)
+        weights = scores.softmax(-1)
+        out = weights @ (keys.key if value is None else value)
+        if step:
+            out, weights = out.squeeze(1), weights.squeeze(1)
+        return (out, weights) if need_weights else out
+
+
+class PlainAdditiveAttention(_PlainAttention, fastattn.AdditiveAttention):
+    """v^T tanh(W_q s_i + W_k h_j) with its (B, Tq, Tk, D) tensor."""
+
+    def scores(self, queries: Tensor, projection: Tensor, coverage: Tensor | None) -> Tensor:
+        hidden = self.query_projection(queries).unsqueeze(2) + projection.unsqueeze(1)
         if coverage is not None:
             covered = coverage.unsqueeze(1) if coverage.dim() == 2 else coverage
             hidden = hidden + covered.unsqueeze(-1) * self.coverage_weight
-        scores = torch.tanh(hidden) @ self.weight
-        values = keys.key if value is None else value
-        return _attend(scores, values, key_padding_mask, need_weights, query.dim() == 2)
+        return torch.tanh(hidden) @ self.weight
 
 
-class PlainLuongAttention(fastattn.LuongAttention):
+class PlainLuongAttention(_PlainAttention, fastattn.LuongAttention):
     """s_i^T W h_j by two products of matrices. "concat" is additive attention, and left to it."""
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor | ProjectedKeys,
-        value: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        coverage: Tensor | None = None,
-        need_weights: bool = False,
-    ) -> Any:
-        if self.additive is not None:
-            return self.additive(query, key, value, key_padding_mask, coverage, need_weights)
-        queries = query.unsqueeze(1) if query.dim() == 2 else query
-        keys = key.key if isinstance(key, ProjectedKeys) else key
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return super().forward(*args, **options) if self.additive is None else self.additive(*args, **options)
+
+    def scores(self, queries: Tensor, keys: Tensor, coverage: None) -> Tensor:
         if self.projection is not None:
             queries = self.projection(queries)
-        values = keys if value is None else value
-        return _attend(queries @ keys.transpose(1, 2), values, key_padding_mask, need_weights, query.dim() == 2)
-
-
-def _attend(scores: Tensor, values: Tensor, tokens: Tensor | None, need_weights: bool, step: bool) -> Any:
-    """softmax(scores) values; scores (B, Tq, Tk), values (B, Tk, D), tokens (B, Tk), True takes part."""
-    if tokens is not None:
-        scores = scores.masked_fill(~tokens.unsqueeze(1), -math.inf)
-    weights = scores.softmax(-1)
-    out = weights @ values
-    if step:
-        out, weights = out.squeeze(1), weights.squeeze(1)
-    return (out, weights) if need_weights else out
+        return queries @ keys.transpose(1, 2)
 
 
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
