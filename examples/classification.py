@@ -157,8 +157,7 @@ def run_training(folder: Path, *, backend: str, epochs: int, batch: int, max_len
             "batch": batch, "epochs": epochs, "seed": seed, "config": dict(vars(model.config)),
         },
     )  # fmt: skip
-    run = Run.read(folder)
-    print(f"{len(run.losses)} steps in {sum(run.seconds) / 60:.1f} minutes, peak {run.peak_bytes / 1e6:.1f} MB a step")
+    print(Run.read(folder).cost())
     print(report(model, held_out, training, topics))
     print(f"all in all {(time.perf_counter() - begin) / 60:.1f} minutes; curve and checkpoint in {folder}")
 

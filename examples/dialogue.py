@@ -208,7 +208,7 @@ def run_training(
     run = Run.read(folder)
     best, lowest = min(run.validations, key=lambda each: each[1])
     print(f"validation perplexity: {run.validations[-1][1]:.0f}, lowest {lowest:.0f} after {best:.0f} steps")
-    print(f"{len(run.losses)} steps in {sum(run.seconds) / 60:.1f} minutes, peak {run.peak_bytes / 1e6:.1f} MB a step")
+    print(run.cost())
     print(report(model, words, parts))
 
 

@@ -55,6 +55,11 @@ class Run:
         """The run in ``folder``; FileNotFoundError or ValueError where there is none, or a damaged or foreign one."""
         return cls(**checkpoint.load(folder / "checkpoint.pt", "run", kind=KIND)["run"])
 
+    def cost(self) -> str:
+        """Steps, time and memory, in words."""
+        minutes, peak = sum(self.seconds) / 60, self.peak_bytes / 1e6
+        return f"{len(self.losses)} steps in {minutes:.1f} minutes, peak {peak:.1f} MB a step"
+
 
 def generator(seed: int, step: int) -> torch.Generator:
     """The generator of the batch of one step: it needs no state in a checkpoint."""

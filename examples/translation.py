@@ -159,7 +159,7 @@ def run_training(settings: Settings, folder: Path, *, backend: str = "auto", sto
         },
     )  # fmt: skip
     run = Run.read(folder)
-    print(f"{len(run.losses)} steps in {sum(run.seconds) / 60:.1f} minutes, peak {run.peak_bytes / 1e6:.1f} MB a step")
+    print(run.cost())
     if len(run.losses) == settings.steps:
         report(model, held_out, numbers.held_out)
         plot_maps(model, source, target, [english(number) for number in SHOWN], folder / "attention.png")
