@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_graphs import captured
 from layer_norm_lstm_cases import Case, assert_as_the_definition, check, evaluate, make_problem
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
@@ -99,14 +100,7 @@ def test_forward_and_backward_replay_in_a_cuda_graph(dtype: torch.dtype, packed:
         )
         return [*results, dinput, dh0, dc0, *dweights]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = work()
+    graph, replayed = captured(work)
     for _ in range(2):
         static[2].copy_(other[2])  # h0
         static[0].mul_(0.5)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_graphs import captured
 from torch import Tensor
 
 from fastattn.kernels.lstm import autograd, extension
@@ -209,14 +210,7 @@ def replays(case: LstmCase, forward: Callable[..., Any], backward: Callable[...,
         dinput, dh0, dc0, dweights = backward(*grads, *arguments, out, *saved)
         return [out, h_n, c_n, dinput, dh0, dc0, *dweights]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = work()
+    graph, replayed = captured(work)
     for values in (other, make_inputs(case, "cuda")):
         static.input.copy_(values.input)
         static.h0.copy_(values.h0)
