@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from backends import DEVICE, KERNELS
+from cuda_graphs import captured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_cache_cases import CacheCase, check, check_cache, eager, make_inputs
@@ -281,10 +282,7 @@ def test_a_cuda_graph_serves_every_length() -> None:
         )  # fmt: skip
 
     with fastattn.backend("triton"):
-        step()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = step()
+        graph, out = captured(step)
         for seed in range(1, 4):
             other = make_inputs(replace(case, seed=seed), "cuda")
             for name in ("query", "key_cache", "value_cache", "lengths", "new_key", "new_value", "table"):
