@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import instruction_sets
 import pytest
@@ -38,27 +39,35 @@ def error(result: Tensor, exact: Tensor) -> float:
     return (result - exact).square().mean().sqrt().item()
 
 
+def products(rows: Any, columns: Any, depth: Any) -> Any:
+    """``given`` for a test of products of such sizes, for ``both``."""
+    return given(
+        rows=rows, columns=columns, depth=depth, turned=st.tuples(st.booleans(), st.booleans()), bias=st.booleans(),
+        seed=st.integers(0, 2**31),
+    )  # fmt: skip
+
+
+def both(
+    rows: int, columns: int, depth: int, turned: tuple[bool, bool], bias: bool, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Our product, torch's and the exact one."""
+    left, right = drawn(rows, columns, depth, turned, seed)
+    exact = left.double() @ right.double()
+    if not bias:
+        return _C.mm(left, right), left @ right, exact
+    shift = torch.randn(columns)
+    return _C.linear(left, right.t(), shift), torch.addmm(shift, left, right), exact + shift
+
+
 @pytest.mark.usefixtures("panels")
 @settings(max_examples=15, deadline=None)
-@given(
+@products(
     rows=st.integers(900, 1000),
     columns=st.integers(256, 330),
     depth=st.one_of(st.integers(600, 700), st.sampled_from((1024, 1025, 2050))),
-    turned=st.tuples(st.booleans(), st.booleans()),
-    bias=st.booleans(),
-    seed=st.integers(0, 2**31),
 )
-def test_error_of_float32(
-    rows: int, columns: int, depth: int, turned: tuple[bool, bool], bias: bool, seed: int
-) -> None:
-    left, right = drawn(rows, columns, depth, turned, seed)
-    exact = left.double() @ right.double()
-    if bias:
-        shift = torch.randn(columns)
-        exact += shift
-        ours, theirs = _C.linear(left, right.t(), shift), torch.addmm(shift, left, right)
-    else:
-        ours, theirs = _C.mm(left, right), left @ right
+def test_error_of_float32(**product: Any) -> None:
+    ours, theirs, exact = both(**product)
     assert not torch.equal(ours, theirs)
     assert error(ours, exact) <= 1.5 * error(theirs, exact)
 
@@ -95,24 +104,16 @@ def test_views_and_strides() -> None:
 
 @pytest.mark.usefixtures("panels")
 @settings(max_examples=60, deadline=None)
-@given(
+@products(
     rows=st.integers(1, 110),
     columns=st.one_of(st.integers(8, 140), st.sampled_from((16, 64, 80, 128))),
     depth=st.one_of(st.integers(2, 200), st.sampled_from((128, 1024, 1100))),
-    turned=st.tuples(st.booleans(), st.booleans()),
-    bias=st.booleans(),
-    seed=st.integers(0, 2**31),
 )
-def test_small_products(
-    rows: int, columns: int, depth: int, turned: tuple[bool, bool], bias: bool, seed: int
-) -> None:
+def test_small_products(**product: Any) -> None:
     """Few rows meet the right operand as it is, or panels that are made where they are used."""
-    left, right = drawn(rows, columns, depth, turned, seed)
-    shift = torch.randn(columns) if bias else torch.zeros(columns)
-    exact = left.double() @ right.double() + shift
-    ours = _C.linear(left, right.t(), shift) if bias else _C.mm(left, right)
+    ours, theirs, exact = both(**product)
     # Up to 128 terms in a row, where torch's kernels for dot products have a sum for each lane.
-    assert error(ours, exact) <= 3.0 * error(torch.addmm(shift, left, right), exact) + 1e-7
+    assert error(ours, exact) <= 3.0 * error(theirs, exact) + 1e-7
 
 
 @pytest.mark.usefixtures("panels")
