@@ -15,6 +15,7 @@ import torch
 from additive_cases import AdditiveCase, evaluate, make_inputs, operator_name, public_call, serving
 from test_additive import BACKENDS, DEVICE, NEEDS_TRITON
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
@@ -63,17 +64,6 @@ def test_opcheck(backend: str, coverage: str | None, dtype: torch.dtype) -> None
         )
 
 
-class _Counter:
-    """A compiler backend that counts how often it is asked."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        self.count += 1
-        return module.forward
-
-
 def _loss(query: Tensor, key: Tensor, weight: Tensor, padding: Tensor, coverage: Tensor) -> Tensor:
     out, weights = fastattn.additive_attention(
         query, key, key, weight, key_padding_mask=padding, coverage=coverage, coverage_weight=weight, need_weights=True
@@ -85,7 +75,7 @@ def _loss(query: Tensor, key: Tensor, weight: Tensor, padding: Tensor, coverage:
 @pytest.mark.parametrize("compiler", ["count", "aot_eager"])
 def test_compile_once_for_all_lengths(backend: str, compiler: str) -> None:
     torch._dynamo.reset()
-    counter = _Counter()
+    counter = CompileCounter()
     compiled = torch.compile(
         _loss, fullgraph=True, dynamic=True, backend=counter if compiler == "count" else compiler
     )
@@ -101,7 +91,7 @@ def test_compile_once_for_all_lengths(backend: str, compiler: str) -> None:
             expected = torch.autograd.grad(_loss(*arguments), (query, key, weight))
             for grad, other in zip(grads, expected, strict=True):
                 torch.testing.assert_close(grad, other)
-    assert counter.count == (1 if compiler == "count" else 0)
+    assert counter.frame_count == (1 if compiler == "count" else 0)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])

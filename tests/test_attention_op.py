@@ -8,6 +8,7 @@ import pytest
 import torch
 from backends import DEVICE, KERNELS
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import fastattn
 from fastattn.dispatch import Backend
@@ -102,17 +103,6 @@ def test_opcheck_of_a_mask_with_gradient(backend: Backend) -> None:
     torch.library.opcheck(OPS.attention, (query, key, value, None, *arguments, backend.value), rtol=1e-3, atol=1e-3)
 
 
-class _Counter:
-    """A compiler backend that counts how often it is asked."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        self.count += 1
-        return module.forward
-
-
 def _loss(query: Tensor, key: Tensor, padding: Tensor, causal: bool, weights: bool) -> Tensor:
     result = fastattn.scaled_dot_product_attention(
         query, key, key, is_causal=causal, key_padding_mask=padding, need_weights=weights
@@ -126,7 +116,7 @@ def test_compile_forward_and_backward_once_for_twenty_lengths(backend: str, weig
     if backend == Backend.SDPA and weights:
         pytest.skip("torch's fused kernels do not return the weights")
     torch._dynamo.reset()
-    counter = _Counter()
+    counter = CompileCounter()
     compiled = torch.compile(_loss, fullgraph=True, dynamic=True, backend=counter)
     with fastattn.backend(backend):
         for length in range(11, 31):  # from 11: dynamic shapes tie sizes that are equal at the first call
@@ -139,7 +129,7 @@ def test_compile_forward_and_backward_once_for_twenty_lengths(backend: str, weig
             torch.testing.assert_close(loss, expected)
             for grad, other in zip(grads, torch.autograd.grad(expected, (query, key)), strict=True):
                 torch.testing.assert_close(grad, other)
-    assert counter.count == 1
+    assert counter.frame_count == 1
 
 
 def _windowed(query: Tensor, segments: Tensor, left: int, right: int) -> Tensor:
@@ -152,7 +142,7 @@ def _windowed(query: Tensor, segments: Tensor, left: int, right: int) -> Tensor:
 @pytest.mark.parametrize("backend", [*KERNELS, Backend.REFERENCE])
 def test_compile_once_for_all_windows_and_segments(backend: str) -> None:
     torch._dynamo.reset()
-    counter = _Counter()
+    counter = CompileCounter()
     compiled = torch.compile(_windowed, fullgraph=True, dynamic=True, backend=counter)
     with fastattn.backend(backend):
         for left in range(2, 12):
@@ -162,7 +152,7 @@ def test_compile_once_for_all_windows_and_segments(backend: str) -> None:
             torch.testing.assert_close(loss, expected)
             grads = [torch.autograd.grad(value, query)[0] for value in (loss, expected)]
             torch.testing.assert_close(*grads)
-    assert counter.count == 1
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -13,6 +13,7 @@ import torch
 from backends import DEVICE, KERNELS
 from kv_cache_cases import CacheCase, call, check_cache, make_inputs
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import fastattn
 from fastattn.dispatch import Backend
@@ -44,21 +45,10 @@ def test_opcheck(backend: str, page: int, dtype: torch.dtype) -> None:
         )
 
 
-class _Counter:
-    """A compiler backend that counts how often it is asked."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        self.count += 1
-        return module.forward
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compile_once_for_all_lengths(backend: str) -> None:
     torch._dynamo.reset()
-    counter = _Counter()
+    counter = CompileCounter()
     compiled = torch.compile(call, fullgraph=True, backend=counter)
     with fastattn.backend(BACKENDS[backend]):
         for seed in range(6):
@@ -72,7 +62,7 @@ def test_compile_once_for_all_lengths(backend: str) -> None:
             for one, other in zip(found, wanted, strict=True):
                 torch.testing.assert_close(one, other)
             torch.testing.assert_close(inputs.key_cache, others.key_cache)
-    assert counter.count == 1
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

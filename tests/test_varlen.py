@@ -12,6 +12,7 @@ from backends import DEVICE, KERNELS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from varlen_cases import LSE, bounds, ints, packed
 
@@ -180,22 +181,11 @@ def test_opcheck(wanted: AuxRequest | None) -> None:
     torch.library.opcheck(torch.ops.fastattn.varlen_attention_backward, (*grads, *plain, *problem))
 
 
-class _Counter:
-    """A compiler backend that counts how often it is asked."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        self.count += 1
-        return module.forward
-
-
 @pytest.mark.parametrize("serving", BACKENDS)
 @pytest.mark.parametrize("backend", ["counted", "aot_eager"])
 def test_compile_once_for_all_lengths(backend: str, serving: str) -> None:
     torch._dynamo.reset()
-    counter = _Counter()
+    counter = CompileCounter()
 
     def loss(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
         out, lse = fastattn.varlen_attention(
@@ -211,7 +201,7 @@ def test_compile_once_for_all_lengths(backend: str, serving: str) -> None:
             wanted = torch.autograd.grad(loss(*leaves, bounds(rows), bounds(columns)), leaves)
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other)
-    assert counter.count == (1 if backend == "counted" else 0)
+    assert counter.frame_count == (1 if backend == "counted" else 0)
 
 
 def test_autocast() -> None:
