@@ -231,21 +231,22 @@ def check(case: AttentionCase, call: Call = public_call, device: str = "cpu") ->
     eps, eps32 = torch.finfo(case.dtype).eps, torch.finfo(torch.float32).eps
     for name, expected in oracle.items():
         own_eps = max(eps, torch.finfo(ours[name].dtype).eps) if name != "lse" else eps32
-        rounding = _ROUNDINGS * (own_eps + eps32 * score) * conditions[name]
-        factor = _GRADIENT_FACTOR if name.startswith("d") else _FACTOR
-        allowed = factor * _error(plain[name], expected) + rounding
-        error = _error(ours[name], expected)
-        if not error <= allowed:
-            raise AssertionError(f"{name}: error {error:.3e}, allowed {allowed:.3e}\n{case}")
+        roundings = (own_eps + eps32 * score) * conditions[name]
+        assert_within_budget(case, name, ours[name], expected, largest_error(plain[name], expected), roundings)
 
 
-def _in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """Plain PyTorch adds a mask in the dtype of the scores."""
-    return inputs if dtype == torch.float32 else replace(inputs.to(dtype), weigh_lse=inputs.weigh_lse)
+def assert_within_budget(
+    case: object, name: str, ours: Tensor, oracle: Tensor, plain: float, roundings: float
+) -> None:
+    """Raise AssertionError unless e(ours) <= k ``plain`` + 4 ``roundings``; a gradient's name begins with "d"."""
+    factor = _GRADIENT_FACTOR if name.startswith("d") else _FACTOR
+    error, allowed = largest_error(ours, oracle), factor * plain + _ROUNDINGS * roundings
+    if not error <= allowed:
+        raise AssertionError(f"{name}: error {error:.3e}, allowed {allowed:.3e}\n{case}")
 
 
-def _error(result: Tensor, oracle: Tensor) -> float:
-    """Largest difference; infinities of the same sign agree, NaN and unequal infinities never do."""
+def largest_error(result: Tensor, oracle: Tensor) -> float:
+    """e(result): infinities of the same sign agree, NaN and unequal infinities never do."""
     result = result.double()
     if result.shape != oracle.shape:
         raise AssertionError(f"shape {tuple(result.shape)}, expected {tuple(oracle.shape)}")
@@ -253,6 +254,11 @@ def _error(result: Tensor, oracle: Tensor) -> float:
         return 0.0
     difference = (result - oracle).abs().masked_fill(result == oracle, 0.0)
     return float(difference.max())
+
+
+def _in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """Plain PyTorch adds a mask in the dtype of the scores."""
+    return inputs if dtype == torch.float32 else replace(inputs.to(dtype), weigh_lse=inputs.weigh_lse)
 
 
 def _conditions(case: AttentionCase, inputs: Inputs) -> tuple[dict[str, float], float]:

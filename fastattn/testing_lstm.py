@@ -1,6 +1,6 @@
 """Inputs, oracle and error budget of the LSTM tests; imported by tests and benchmarks only.
 
-The budget, written once: with e(x) = max |x - float64 oracle|, a layer passes where
+The budget is that of ``fastattn.testing``: with e(x) = max |x - float64 oracle|, a layer passes where
 
     e(layer) <= k e(plain PyTorch in the same dtype) + 4 (eps |oracle| + d)      k = 2, for gradients 3
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fastattn import reference_lstm
+from fastattn.testing import assert_within_budget, largest_error
 
-_GRADIENT_FACTOR, _FACTOR, _ROUNDINGS = 3.0, 2.0, 4.0
 _NAMES = ("out", "h_n", "c_n")
 
 
@@ -151,12 +151,8 @@ def check(case: LstmCase, call: Call, device: str = "cpu") -> None:
             raise AssertionError(f"{name}: {ours[name].dtype} {tuple(ours[name].shape)}, expected {case}")
         if expected.numel() == 0:
             continue
-        factor = _GRADIENT_FACTOR if name.startswith("d") else _FACTOR
-        rounding = _ROUNDINGS * (eps * float(expected.abs().max()) + moved[name])
-        allowed = factor * _error(plain[name], expected) + rounding
-        error = _error(ours[name], expected)
-        if not error <= allowed:
-            raise AssertionError(f"{name}: error {error:.3e}, allowed {allowed:.3e}\n{case}")
+        roundings = eps * float(expected.abs().max()) + moved[name]
+        assert_within_budget(case, name, ours[name], expected, largest_error(plain[name], expected), roundings)
 
 
 def _moved(case: LstmCase, exact: Inputs, oracle: dict[str, Tensor], eps: float) -> dict[str, float]:
@@ -168,9 +164,4 @@ def _moved(case: LstmCase, exact: Inputs, oracle: dict[str, Tensor], eps: float)
         return tensor * (1 + eps / 2 * signs)
 
     results = evaluate(eager, case, exact.map(change))
-    return {name: _error(result, oracle[name]) for name, result in results.items()}
-
-
-def _error(result: Tensor, oracle: Tensor) -> float:
-    """Largest difference; NaN where there is one."""
-    return float((result.double() - oracle).abs().max()) if oracle.numel() else 0.0
+    return {name: largest_error(result, oracle[name]) for name, result in results.items()}

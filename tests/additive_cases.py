@@ -23,6 +23,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn.kernels.additive import extension
+from fastattn.testing import assert_within_budget, largest_error
 
 Named = dict[str, Tensor]
 
@@ -181,15 +182,8 @@ def check(case: AdditiveCase, device: str = "cpu") -> None:
     eps32 = torch.finfo(torch.float32).eps
     for name, expected in oracle.items():
         eps = max(torch.finfo(case.dtype).eps, torch.finfo(ours[name].dtype).eps)
-        factor = 3.0 if name.startswith("d") else 2.0
-        allowed = factor * _error(plain[name], expected) + 4.0 * (eps + eps32 * score) * conditions[name]
-        error = _error(ours[name], expected)
-        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}\n{case}"
-
-
-def _error(result: Tensor, oracle: Tensor) -> float:
-    assert result.shape == oracle.shape, f"shape {tuple(result.shape)}, expected {tuple(oracle.shape)}"
-    return float((result.double() - oracle).abs().max()) if oracle.numel() else 0.0
+        roundings = (eps + eps32 * score) * conditions[name]
+        assert_within_budget(case, name, ours[name], expected, largest_error(plain[name], expected), roundings)
 
 
 def _conditions(case: AdditiveCase, inputs: Named) -> tuple[dict[str, float], float]:

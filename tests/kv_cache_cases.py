@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import reference
+from fastattn.testing import assert_within_budget, largest_error
 
 NAN = float("nan")
 
@@ -174,22 +175,12 @@ def check(case: CacheCase, device: str = "cpu") -> None:
     out, lse = call(case, inputs)
     assert out.dtype == case.dtype
     eps, eps32 = torch.finfo(case.dtype).eps, torch.finfo(torch.float32).eps
-    _within(case, "out", out, plain_out, oracle_out, 4 * (eps + eps32 * score) * condition)
-    _within(case, "lse", lse, plain_lse, oracle_lse, 4 * (eps32 + eps32 * score) * max(score, 1.0))
+    for name, ours, plain, oracle, roundings in (
+        ("out", out, plain_out, oracle_out, (eps + eps32 * score) * condition),
+        ("lse", lse, plain_lse, oracle_lse, (eps32 + eps32 * score) * max(score, 1.0)),
+    ):
+        assert_within_budget(case, name, ours, oracle, largest_error(plain, oracle), roundings)
     check_cache(case, inputs)
-
-
-def _within(case: CacheCase, name: str, result: Tensor, plain: Tensor, oracle: Tensor, rounding: float) -> None:
-    error, allowed = _error(result, oracle), 2 * _error(plain, oracle) + rounding
-    if not error <= allowed:
-        raise AssertionError(f"{name}: error {error:.3e}, allowed {allowed:.3e}\n{case}")
-
-
-def _error(result: Tensor, oracle: Tensor) -> float:
-    assert result.shape == oracle.shape
-    if result.numel() == 0:
-        return 0.0
-    return float((result.double() - oracle).abs().masked_fill(result.double() == oracle, 0.0).max())
 
 
 def check_cache(case: CacheCase, inputs: CacheInputs) -> None:

@@ -23,8 +23,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fastattn
 from fastattn import reference_layer_norm_lstm as reference
+from fastattn.testing import assert_within_budget, largest_error
 
-_GRADIENT_FACTOR, _FACTOR, _ROUNDINGS = 3.0, 2.0, 4.0
 NAMES = ("out", "cells", "h_n", "c_n", "input", "h0", "c0")
 
 
@@ -158,16 +158,9 @@ def check(case: Case, call: Call = kernel) -> None:
         assert ours[name].shape == expected.shape, name
         assert ours[name].dtype == case.dtype, name
         size = float(expected.abs().max()) if expected.numel() else 0.0
-        rounding = _ROUNDINGS * (max(_error(other[name], expected) for other in rounded) + eps * size)
-        factor = _GRADIENT_FACTOR if name.startswith("d") else _FACTOR
-        theirs = max(_error(result[name], oracle[name]) for result, oracle in zip(usual, oracles, strict=True))
-        allowed = factor * theirs + rounding
-        error = _error(ours[name], expected)
-        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}\n{case}"
-
-
-def _error(result: Tensor, oracle: Tensor) -> float:
-    return float((result.double() - oracle).abs().max()) if oracle.numel() else 0.0
+        theirs = max(largest_error(result[name], oracle[name]) for result, oracle in zip(usual, oracles, strict=True))
+        roundings = max(largest_error(other[name], expected) for other in rounded) + eps * size
+        assert_within_budget(case, name, ours[name], expected, theirs, roundings)
 
 
 def assert_as_the_definition(module: fastattn.LayerNormLSTM, packed: PackedSequence, backend: str) -> None:
