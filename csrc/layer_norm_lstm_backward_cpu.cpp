@@ -25,7 +25,7 @@ struct BackwardWalk {
       const LayerNormLstmGradients& grad, const LayerNormLstmArgs& args, const at::Tensor& out,
       const at::Tensor& forward_saved);
   void walk(const Part& part, Barrier& barrier, float* scratch) const;
-  at::Tensor states_before(int64_t d, const at::Tensor& out, const at::Tensor& h0) const;
+  at::Tensor recurrent_inputs(int64_t d, const at::Tensor& out, const at::Tensor& h0) const;
 
  private:
   void differentiate(int64_t d, int64_t t, Range rows, float* scratch) const;
@@ -139,24 +139,16 @@ void BackwardWalk::walk(const Part& part, Barrier& barrier, float* scratch) cons
 }
 
 // What W_hh multiplied in every row: (N, H).
-at::Tensor BackwardWalk::states_before(int64_t d, const at::Tensor& out, const at::Tensor& h0) const {
+at::Tensor BackwardWalk::recurrent_inputs(int64_t d, const at::Tensor& out, const at::Tensor& h0) const {
   const LstmShape& s = layer.shape;
-  at::Tensor states = at::empty({s.rows, s.hidden}, partial.options());
-  const float *from = out.const_data_ptr<float>(), *start = h0.const_data_ptr<float>() + d * s.batch * s.hidden;
+  at::Tensor states = states_before(s, d, out, h0);
+  if (!layer.h_mask.defined()) return states;
   float* to = states.data_ptr<float>();
-  for (int64_t t = 0; t < s.steps; ++t) {
-    const int64_t before = d == 0 ? t - 1 : t + 1;
-    const int64_t with_before = before >= 0 ? s.active[static_cast<size_t>(before)] : 0;
+  for (int64_t t = 0; t < s.steps; ++t)
     for (int64_t row = 0; row < s.active[static_cast<size_t>(t)]; ++row, to += s.hidden) {
-      const float* state = row < with_before
-                               ? from + (layer.row_of(before, row) * s.directions + d) * s.hidden
-                               : start + row * s.hidden;
-      std::copy(state, state + s.hidden, to);
-      if (!layer.h_mask.defined()) continue;
       const float* mask = layer.mask(t, row, d);
       for (int64_t j = 0; j < s.hidden; ++j) to[j] *= mask[j];
     }
-  }
   return states;
 }
 
@@ -196,7 +188,7 @@ LayerNormLstmBackward layer_norm_lstm_backward_cpu(
     };
     const auto cell = [&](int64_t place) { return sums.narrow(0, place * units, s.hidden).to(type).clone(); };
     dweights.push_back(in_order(mm(dx.t(), input)));
-    dweights.push_back(in_order(mm(dh.t(), walk.states_before(d, states, h0))));
+    dweights.push_back(in_order(mm(dh.t(), walk.recurrent_inputs(d, states, h0))));
     dweights.push_back(gates(0));
     dweights.push_back(gates(4));
     dweights.push_back(cell(12));

@@ -8,8 +8,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
-#include <cstring>
-
 #include "huge_pages.h"
 #include "lstm_layer.h"
 #include "product.h"
@@ -36,7 +34,6 @@ struct BackwardLayer {
   void walk() const {
     run_parts(shape, form, [&](const Part& part, Barrier& barrier, float* scratch) { walk(part, barrier, scratch); });
   }
-  at::Tensor states_before(int64_t d, const at::Tensor& out, const at::Tensor& h0) const;
   at::Tensor dc0(at::ScalarType type) const { return dcell.narrow(2, 0, shape.hidden).to(type).contiguous(); }
 
  private:
@@ -198,26 +195,6 @@ void BackwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) con
   }
 }
 
-// h_{t-1} for every row of dG: (N, P).
-at::Tensor BackwardLayer::states_before(int64_t d, const at::Tensor& out, const at::Tensor& h0) const {
-  if (shape.steps == 1) return h0.select(0, d);
-  at::Tensor states = at::empty({shape.rows, shape.state}, dsums.options());
-  char* to = at_element(states, 0);
-  const int64_t out_row = shape.directions * shape.state;
-  const size_t bytes = static_cast<size_t>(shape.state) * states.element_size();
-  for (int64_t t = 0; t < shape.steps; ++t) {
-    const int64_t before = d == 0 ? t - 1 : t + 1;
-    const int64_t with_before = before >= 0 ? shape.active[static_cast<size_t>(before)] : 0;
-    for (int64_t row = 0; row < shape.active[static_cast<size_t>(t)]; ++row, to += bytes)
-      std::memcpy(
-          to,
-          row < with_before ? at_element(out, row_of(before, row) * out_row + d * shape.state)
-                            : at_element(h0, (d * shape.batch + row) * shape.state),
-          bytes);
-  }
-  return states;
-}
-
 }  // namespace
 
 LstmBackward lstm_backward_cpu(
@@ -245,7 +222,8 @@ LstmBackward lstm_backward_cpu(
       continue;
     }
     dweights.push_back(mm(turned, input).to(type));
-    dweights.push_back(mm(turned, layer.states_before(d, states, h0)).to(type));
+    const at::Tensor before = s.steps == 1 ? h0[d] : states_before(s, d, states, h0);
+    dweights.push_back(mm(turned, before).to(type));
     if (s.biases) {
       const at::Tensor dbias = dsums.sum(0).to(type);
       dweights.push_back(dbias);

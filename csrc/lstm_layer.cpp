@@ -1,8 +1,10 @@
 #include "lstm_layer.h"
 
 #include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cstring>
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -123,6 +125,25 @@ at::Tensor from_gate_rows(const at::Tensor& weight, int64_t hidden) {
 
 at::Tensor padded_state(const at::Tensor& state, int64_t units) {
   return at::constant_pad_nd(dense_float(state), {0, units - state.size(-1)});
+}
+
+at::Tensor states_before(const LstmShape& shape, int64_t d, const at::Tensor& out, const at::Tensor& h0) {
+  at::Tensor states = at::empty({shape.rows, shape.state}, out.options());
+  char* to = at_element(states, 0);
+  const int64_t out_row = shape.directions * shape.state;
+  const size_t bytes = static_cast<size_t>(shape.state) * states.element_size();
+  for (int64_t t = 0; t < shape.steps; ++t) {
+    const int64_t before = d == 0 ? t - 1 : t + 1;
+    const int64_t with_before = before >= 0 ? shape.active[static_cast<size_t>(before)] : 0;  // active[T] is 0
+    const int64_t first = before >= 0 ? shape.first[static_cast<size_t>(before)] : 0;
+    for (int64_t row = 0; row < shape.active[static_cast<size_t>(t)]; ++row, to += bytes)
+      std::memcpy(
+          to,
+          row < with_before ? at_element(out, (first + row) * out_row + d * shape.state)
+                            : at_element(h0, (d * shape.batch + row) * shape.state),
+          bytes);
+  }
+  return states;
 }
 
 bool worth_a_team(const LstmShape& shape) {

@@ -44,6 +44,9 @@ at::Tensor from_gate_rows(const at::Tensor& weight, int64_t hidden);
 // A copy of states (..., H) as float32 (..., Hr), zeros beyond H.
 at::Tensor padded_state(const at::Tensor& state, int64_t units);
 
+// h_{t-1} of every row in direction d, (N, P), from out (N, D P) and h0 (D, B, P): contiguous, of one type.
+at::Tensor states_before(const LstmShape& shape, int64_t d, const at::Tensor& out, const at::Tensor& h0);
+
 // Which thread does what: a direction, rows of the batch, and a share of the units. Threads with the same direction and
 // rows are a group and meet at a barrier after each step; groups need not know of each other.
 struct Part {
