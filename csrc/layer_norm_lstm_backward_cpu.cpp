@@ -58,7 +58,7 @@ BackwardWalk::BackwardWalk(
   for (int64_t d = 0; d < s.directions; ++d)
     packed.push_back(
         layer.single_step() ? Floats()
-                            : pack_columns(gate_rows(layer.weight_h(args, d), s.hidden), LstmForm::panels));
+                            : pack_columns(gate_blocks(layer.weight_h(args, d), s.hidden), LstmForm::panels));
 }
 
 // The gradients of both products for some rows of step t.
@@ -174,17 +174,17 @@ LayerNormLstmBackward layer_norm_lstm_backward_cpu(
     const at::Tensor sums = walk.partial[d].sum(0), weight_x = walk.layer.weight_x(args, d);
     const bool single = walk.layer.single_step();
     if (single) {
-      dx = from_gate_columns(dx, s.hidden);
-      dh = from_gate_columns(dh, s.hidden);
+      dx = from_gate_blocks(dx, s.hidden, 1);
+      dh = from_gate_blocks(dh, s.hidden, 1);
       at::Tensor to = walk.product[d].narrow(1, 0, s.hidden);
       to.copy_(mm(dh, walk.layer.weight_h(args, d)));
       if (walk.layer.h_mask.defined()) to.mul_(walk.layer.h_mask.select(1, d));
     }
     const auto in_order = [&](const at::Tensor& dweight) {
-      return (single ? dweight : from_gate_rows(dweight, s.hidden)).to(type);
+      return (single ? dweight : from_gate_blocks(dweight, s.hidden)).to(type);
     };
     const auto gates = [&](int64_t place) {
-      return from_gate_rows(sums.narrow(0, place * units, 4 * units), s.hidden).view({-1}).to(type).clone();
+      return from_gate_blocks(sums.narrow(0, place * units, 4 * units), s.hidden).to(type).clone();
     };
     const auto cell = [&](int64_t place) { return sums.narrow(0, place * units, s.hidden).to(type).clone(); };
     dweights.push_back(in_order(mm(dx.t(), input)));
@@ -197,7 +197,7 @@ LayerNormLstmBackward layer_norm_lstm_backward_cpu(
       dweights.push_back(cell(13));
     }
     if (!input_grad) continue;
-    const at::Tensor through = mm(dx, single ? weight_x : gate_rows(weight_x, s.hidden));
+    const at::Tensor through = mm(dx, single ? weight_x : gate_blocks(weight_x, s.hidden));
     dinput = d == 0 ? through : dinput.add_(through);
   }
   if (input_grad) dinput = dinput.to(type).view(args.input.sizes());

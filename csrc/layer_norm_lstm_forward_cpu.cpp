@@ -47,14 +47,14 @@ ForwardWalk::ForwardWalk(const LayerNormLstmArgs& args, bool keep, bool with_cel
     const at::Tensor weight_x = layer.weight_x(args, d);
     if (layer.single_step()) {
       const at::Tensor left = layer.h_mask.defined() ? at::mul(h[d], layer.h_mask.select(1, d)) : h[d];
-      product_x.push_back(gate_columns(mm(input, weight_x.t()), s.hidden));
-      product_h.push_back(gate_columns(mm(left, layer.weight_h(args, d).t()), s.hidden));
+      product_x.push_back(gate_blocks(mm(input, weight_x.t()), s.hidden, 1));
+      product_h.push_back(gate_blocks(mm(left, layer.weight_h(args, d).t()), s.hidden, 1));
       if (save) saved_product(0, d).copy_(product_x.back());
       if (save) saved_product(1, d).copy_(product_h.back());
       packed.emplace_back();
       continue;
     }
-    const at::Tensor turned = gate_rows(weight_x, s.hidden).t();
+    const at::Tensor turned = gate_blocks(weight_x, s.hidden).t();
     if (save) {
       at::Tensor to = saved_product(0, d);
       mm_out(to, input, turned);

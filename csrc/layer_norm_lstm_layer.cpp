@@ -28,7 +28,7 @@ LayerNormLayer::LayerNormLayer(const LayerNormLstmArgs& args)
   const int64_t hidden = shape.hidden, each = weights_per_direction();
   const auto vector = [&](int64_t place, bool gates) {
     const at::Tensor weight = dense_float(args.weights[static_cast<size_t>(place)]);
-    if (gates) return gate_rows(weight, hidden).view({-1});
+    if (gates) return gate_blocks(weight, hidden);
     return at::constant_pad_nd(weight, {0, shape.units() - hidden});
   };
   const at::Tensor none = at::zeros({columns()}, args.input.options().dtype(at::kFloat));
@@ -68,18 +68,6 @@ LayerNormParts::LayerNormParts(const LayerNormLayer& layer, float* saved, int64_
   rest.cells = next(units);
   rest.normal_c = next(units);
   rest.deviations = next(3);
-}
-
-at::Tensor gate_columns(const at::Tensor& product, int64_t hidden) {
-  const int64_t rows = product.size(0), units = round_up(hidden, kUnits);
-  const at::Tensor gates = at::constant_pad_nd(product.view({rows, 4, hidden}), {0, units - hidden});
-  return gates.view({rows, 4, units / kUnits, kUnits}).transpose(1, 2).reshape({rows, 4 * units});
-}
-
-at::Tensor from_gate_columns(const at::Tensor& product, int64_t hidden) {
-  const int64_t rows = product.size(0), units = round_up(hidden, kUnits);
-  const at::Tensor gates = product.view({rows, units / kUnits, 4, kUnits}).transpose(1, 2);
-  return gates.reshape({rows, 4, units}).narrow(2, 0, hidden).reshape({rows, 4 * hidden});
 }
 
 Range whole_groups(Range rows, int64_t batch) {

@@ -67,10 +67,6 @@ struct LayerNormParts {
   }
 };
 
-// Products (N, 4H), one gate after the other, in the order of the kernels, (N, 4Hr); and the way back.
-at::Tensor gate_columns(const at::Tensor& product, int64_t hidden);
-at::Tensor from_gate_columns(const at::Tensor& product, int64_t hidden);
-
 // The rows of a part with its ends moved to multiples of kPartialRows; and a member's share of such rows, likewise.
 Range whole_groups(Range rows, int64_t batch);
 Range row_share(Range rows, int64_t member, int64_t members);

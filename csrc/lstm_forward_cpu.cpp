@@ -94,7 +94,7 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
     one.bias = s.biases ? at::add(dense_float(weight[2]), dense_float(weight[3])) : at::zeros({4 * s.hidden}, floats);
     if (s.projection) one.projection = pack_columns(weight[s.weights_per_direction() - 1].t(), LstmForm::panels);
     if (ahead > 0) {
-      one.bias = gate_rows(one.bias, s.hidden).view({-1});
+      one.bias = gate_blocks(one.bias, s.hidden);
       one.sums = at::empty({ahead * s.batch, 4 * s.units()}, floats);
     }
     if (ahead == 0 && first)

@@ -110,17 +110,23 @@ Floats pack_columns(const at::Tensor& matrix, LstmForm form) {
   return packed;
 }
 
-at::Tensor gate_rows(const at::Tensor& weight, int64_t hidden) {
-  const int64_t units = round_up(hidden, kUnits), features = weight.numel() / (4 * hidden);
-  at::Tensor gates = weight.contiguous().view({4, hidden, features});
-  if (units != hidden) gates = at::constant_pad_nd(gates, {0, 0, 0, units - hidden});
-  return gates.view({4, units / kUnits, kUnits, features}).transpose(0, 1).reshape({4 * units, features});
+at::Tensor gate_blocks(const at::Tensor& gates, int64_t hidden, int64_t dim) {
+  const int64_t units = round_up(hidden, kUnits);
+  std::vector<int64_t> sizes = gates.sizes().vec();
+  const int64_t rows = dim == 1 ? sizes[0] : 1, columns = dim == 0 && sizes.size() == 2 ? sizes[1] : 1;
+  at::Tensor each = gates.contiguous().view({rows, 4, hidden, columns});
+  if (units != hidden) each = at::constant_pad_nd(each, {0, 0, 0, units - hidden});
+  sizes[static_cast<size_t>(dim)] = 4 * units;
+  return each.view({rows, 4, units / kUnits, kUnits, columns}).transpose(1, 2).reshape(sizes);
 }
 
-at::Tensor from_gate_rows(const at::Tensor& weight, int64_t hidden) {
-  const int64_t units = weight.size(0) / 4, features = weight.numel() / weight.size(0);
-  const at::Tensor gates = weight.view({units / kUnits, 4, kUnits, features}).transpose(0, 1);
-  return gates.reshape({4, units, features}).narrow(1, 0, hidden).reshape({4 * hidden, features});
+at::Tensor from_gate_blocks(const at::Tensor& blocks, int64_t hidden, int64_t dim) {
+  const int64_t units = round_up(hidden, kUnits);
+  std::vector<int64_t> sizes = blocks.sizes().vec();
+  const int64_t rows = dim == 1 ? sizes[0] : 1, columns = dim == 0 && sizes.size() == 2 ? sizes[1] : 1;
+  const at::Tensor each = blocks.view({rows, units / kUnits, 4, kUnits, columns}).transpose(1, 2);
+  sizes[static_cast<size_t>(dim)] = 4 * hidden;
+  return each.reshape({rows, 4, units, columns}).narrow(2, 0, hidden).reshape(sizes);
 }
 
 at::Tensor padded_state(const at::Tensor& state, int64_t units) {

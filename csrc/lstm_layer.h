@@ -37,9 +37,10 @@ Floats pack_gates(const at::Tensor& weight, int64_t hidden, LstmForm form);
 // A matrix (K, columns) as panels (columns / 64 rounded up, K, 64), zeros beyond the columns.
 Floats pack_columns(const at::Tensor& matrix, LstmForm form);
 
-// W (4H, K) or b (4H) with its rows block by block, as in a panel, (4Hr, ...); and the way back, for a gradient.
-at::Tensor gate_rows(const at::Tensor& weight, int64_t hidden);
-at::Tensor from_gate_rows(const at::Tensor& weight, int64_t hidden);
+// W (4H, K), b (4H) or, with `dim` 1, products (N, 4H) with the gates block by block, as in a panel, 4Hr for 4H; and
+// the way back, for a gradient.
+at::Tensor gate_blocks(const at::Tensor& gates, int64_t hidden, int64_t dim = 0);
+at::Tensor from_gate_blocks(const at::Tensor& blocks, int64_t hidden, int64_t dim = 0);
 
 // A copy of states (..., H) as float32 (..., Hr), zeros beyond H.
 at::Tensor padded_state(const at::Tensor& state, int64_t units);
