@@ -1,29 +1,8 @@
 #include "layer_norm_lstm_shape.h"
 
-#include <string>
-
 namespace fastattn {
 
 namespace {
-
-void check_place(const std::string& name, const at::Tensor& tensor, const at::Tensor& input) {
-  TORCH_CHECK_VALUE(
-      tensor.device() == input.device() && tensor.layout() == at::kStrided, name, ": got a ", tensor.layout(),
-      " tensor on ", tensor.device(), ", expected a strided one on input's ", input.device());
-}
-
-void check_sizes(const std::string& name, const at::Tensor& tensor, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, ": got shape ", tensor.sizes(), ", expected ", shape);
-}
-
-// A tensor in the dtype of the input.
-void check_like(const std::string& name, const at::Tensor& tensor, at::IntArrayRef shape, const at::Tensor& input) {
-  check_sizes(name, tensor, shape);
-  TORCH_CHECK_TYPE(
-      tensor.scalar_type() == input.scalar_type(), name, ": got dtype ", tensor.scalar_type(), ", expected input's ",
-      input.scalar_type());
-  check_place(name, tensor, input);
-}
 
 void check_zoneout(
     const char* name, const std::optional<at::Tensor>& mask, double keep, const LstmShape& shape,

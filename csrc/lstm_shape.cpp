@@ -1,22 +1,27 @@
 #include "lstm_shape.h"
 
-#include <string>
-
 namespace fastattn {
 
-namespace {
-
-// Shape, dtype and device of one tensor; `like` is the input.
-void check(const std::string& name, const at::Tensor& tensor, at::IntArrayRef shape, const at::Tensor& like) {
-  TORCH_CHECK_VALUE(tensor.defined(), name, ": got an undefined tensor");
+void check_sizes(const std::string& name, const at::Tensor& tensor, at::IntArrayRef shape) {
   TORCH_CHECK_VALUE(tensor.sizes() == shape, name, ": got shape ", tensor.sizes(), ", expected ", shape);
-  TORCH_CHECK_TYPE(
-      tensor.scalar_type() == like.scalar_type(), name, ": got dtype ", tensor.scalar_type(), ", expected input's ",
-      like.scalar_type());
-  TORCH_CHECK_VALUE(
-      tensor.device() == like.device() && tensor.layout() == at::kStrided, name, ": got a ", tensor.layout(),
-      " tensor on ", tensor.device(), ", expected a strided one on input's ", like.device());
 }
+
+void check_place(const std::string& name, const at::Tensor& tensor, const at::Tensor& input) {
+  TORCH_CHECK_VALUE(
+      tensor.device() == input.device() && tensor.layout() == at::kStrided, name, ": got a ", tensor.layout(),
+      " tensor on ", tensor.device(), ", expected a strided one on input's ", input.device());
+}
+
+void check_like(const std::string& name, const at::Tensor& tensor, at::IntArrayRef shape, const at::Tensor& input) {
+  TORCH_CHECK_VALUE(tensor.defined(), name, ": got an undefined tensor");
+  check_sizes(name, tensor, shape);
+  TORCH_CHECK_TYPE(
+      tensor.scalar_type() == input.scalar_type(), name, ": got dtype ", tensor.scalar_type(), ", expected input's ",
+      input.scalar_type());
+  check_place(name, tensor, input);
+}
+
+namespace {
 
 void set_steps(LstmShape& shape, const LstmArgs& args) {
   if (!args.batch_sizes) {
@@ -77,9 +82,9 @@ LstmShape shape_of(const LstmArgs& args, bool stacked) {
   shape.steps = shape.packed ? 0 : input.size(0);
   shape.rows = shape.packed ? input.size(0) : shape.steps * input.size(1);
   TORCH_CHECK_VALUE(shape.hidden >= 1 && shape.state >= 1, "h0, c0: got no hidden units");
-  if (!shape.packed) check("input", input, {shape.steps, shape.batch, shape.inputs}, input);
-  check("h0", args.h0, {parts, shape.batch, shape.state}, input);
-  check("c0", args.c0, {parts, shape.batch, shape.hidden}, input);
+  if (!shape.packed) check_like("input", input, {shape.steps, shape.batch, shape.inputs}, input);
+  check_like("h0", args.h0, {parts, shape.batch, shape.state}, input);
+  check_like("c0", args.c0, {parts, shape.batch, shape.hidden}, input);
   set_steps(shape, args);
 
   const int64_t count = static_cast<int64_t>(args.weights.size());
@@ -96,14 +101,14 @@ LstmShape shape_of(const LstmArgs& args, bool stacked) {
   for (int64_t part = 0; part < parts; ++part) {
     const at::Tensor* weight = args.weights.data() + part * each;
     const std::string where = "weights[" + std::to_string(part * each) + " + ";
-    check(where + "0]", *weight++, {gates, stacked && part > 0 ? shape.hidden : shape.inputs}, input);
-    check(where + "1]", *weight++, {gates, shape.state}, input);
+    check_like(where + "0]", *weight++, {gates, stacked && part > 0 ? shape.hidden : shape.inputs}, input);
+    check_like(where + "1]", *weight++, {gates, shape.state}, input);
     if (shape.biases) {
-      check(where + "2]", *weight++, {gates}, input);
-      check(where + "3]", *weight++, {gates}, input);
+      check_like(where + "2]", *weight++, {gates}, input);
+      check_like(where + "3]", *weight++, {gates}, input);
     }
     if (shape.projection)
-      check(where + std::to_string(each - 1) + "]", *weight, {shape.state, shape.hidden}, input);
+      check_like(where + std::to_string(each - 1) + "]", *weight, {shape.state, shape.hidden}, input);
   }
   return shape;
 }
@@ -114,11 +119,11 @@ void check_backward(
     const at::Tensor& gates, const at::Tensor& cells, int64_t first, int64_t second) {
   std::vector<int64_t> out_sizes(args.input.sizes().begin(), args.input.sizes().end());
   out_sizes.back() = shape.directions * shape.state;
-  check("out", out, out_sizes, args.input);
-  if (grad.out) check("grad_out", *grad.out, out_sizes, args.input);
-  if (grad.h_n) check("grad_h_n", *grad.h_n, args.h0.sizes(), args.input);
-  if (grad.c_n) check("grad_c_n", *grad.c_n, args.c0.sizes(), args.input);
-  check("gates", gates, {first, second, 4 * shape.units()}, args.input);
+  check_like("out", out, out_sizes, args.input);
+  if (grad.out) check_like("grad_out", *grad.out, out_sizes, args.input);
+  if (grad.h_n) check_like("grad_h_n", *grad.h_n, args.h0.sizes(), args.input);
+  if (grad.c_n) check_like("grad_c_n", *grad.c_n, args.c0.sizes(), args.input);
+  check_like("gates", gates, {first, second, 4 * shape.units()}, args.input);
   TORCH_CHECK_VALUE(
       cells.scalar_type() == at::kFloat && cells.sizes() == at::IntArrayRef({first, second, shape.units()}) &&
           cells.device() == args.input.device(),
@@ -143,7 +148,7 @@ void check_lstm_layers_backward(
     const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out,
     const at::Tensor& gates, const at::Tensor& cells, const at::Tensor& states) {
   check_backward(shape, grad, args, out, gates, cells, shape.layers, shape.rows);
-  check("states", states, {shape.layers - 1, shape.rows, shape.hidden}, args.input);
+  check_like("states", states, {shape.layers - 1, shape.rows, shape.hidden}, args.input);
 }
 
 }  // namespace fastattn

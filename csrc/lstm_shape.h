@@ -1,6 +1,7 @@
 // The sizes of an LSTM call and where its steps stand; the checks of the operators, for every device.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "lstm.h"
@@ -17,6 +18,12 @@ struct LstmShape {
   int64_t units() const { return (hidden + 15) / 16 * 16; }  // Hr
   int64_t weights_per_direction() const { return 2 + (biases ? 2 : 0) + (projection ? 1 : 0); }
 };
+
+// Each throws c10::ValueError or TypeError, naming the tensor, unless it has this shape; lies strided on the input's
+// device; or both, in the input's dtype.
+void check_sizes(const std::string& name, const at::Tensor& tensor, at::IntArrayRef shape);
+void check_place(const std::string& name, const at::Tensor& tensor, const at::Tensor& input);
+void check_like(const std::string& name, const at::Tensor& tensor, at::IntArrayRef shape, const at::Tensor& input);
 
 // Throws c10::ValueError or TypeError, naming the argument, unless everything in `args` fits together.
 LstmShape lstm_shape(const LstmArgs& args);
