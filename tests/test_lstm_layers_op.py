@@ -92,6 +92,37 @@ def test_no_graph_where_none_is_wanted(case: LstmCase) -> None:
         torch.autograd.grad(loss, leaves)
 
 
+# (frozen layers below, launches of a backward through the others: 3 chunks and one for each layer but the first; a
+# single layer is one launch)
+@ON_CALLS
+@pytest.mark.parametrize(("frozen", "launches"), [(0, 5), (1, 4), (2, 1)])
+@pytest.mark.parametrize("lengths", [None, (5, 3, 1)], ids=["padded", "packed"])
+def test_frozen_layers_below_are_left_out(
+    emulated: Any, lengths: tuple[int, ...] | None, frozen: int, launches: int, call: testing_lstm.Call
+) -> None:
+    inputs, leaves = leaves_of(LstmCase(layers=3, steps=5, lengths=lengths))
+    trained = inputs.weights[4 * frozen :]
+    wanted = torch.autograd.grad(loss_of(inputs, testing_lstm.eager(inputs)), trained)
+    for leaf in leaves[: len(leaves) - len(trained)]:
+        leaf.requires_grad_(False)
+    inputs.weights[-1].requires_grad_(False)
+    loss = loss_of(inputs, call(inputs))
+    if call is CALLS["operator without save"]:
+        launches += 5  # the forward, computed again
+    before = emulated.launches()
+    found = torch.autograd.grad(loss, trained[:-1])
+    assert emulated.launches() - before == launches
+    torch.testing.assert_close(found, wanted[:-1], rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_layers_of_an_empty_batch() -> None:
+    inputs, leaves = leaves_of(LstmCase(layers=2, batch=0))
+    for leaf in leaves[:7]:
+        leaf.requires_grad_(False)
+    found = torch.autograd.grad(loss_of(inputs, eager(inputs)), inputs.weights[4:])
+    assert not any(grad.any() for grad in found)
+
+
 def leaves_of(case: LstmCase, dtype: torch.dtype = torch.float32) -> tuple[Inputs, list[Tensor]]:
     inputs = testing_lstm.make_inputs(case).map(lambda tensor: tensor.to(dtype))
     return inputs, [tensor.requires_grad_() for tensor in (inputs.input, inputs.h0, inputs.c0, *inputs.weights)]

@@ -7,6 +7,7 @@ A derivative of these derivatives is taken by the eager definition: see ``second
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,20 +41,21 @@ def vjp(ctx: Any, *grads: Any, stacked: bool = False) -> tuple[Any, ...]:
     """Gradients of the inputs of ``lstm_layer``, or of ``lstm_layers`` where ``stacked``."""
     batch_sizes, input, h0, c0, *rest = ctx.saved_tensors
     weights, (out, *saved) = rest[: ctx.weights], rest[ctx.weights :]
-    wanted = grads[:_RESULTS]
+    wanted, tensors, needs = grads[:_RESULTS], (input, h0, c0, *weights), ctx.needs_input_grad
+    many = needs[4] if isinstance(needs[4], Sequence) else (needs[4],) * len(weights)
+    needed = (needs[0], needs[2], needs[3], *many)
     if definition.asked_for(*wanted):
-        needs = ctx.needs_input_grad
-        many = needs[4] if isinstance(needs[4], Sequence) else (needs[4],) * len(weights)
-        dinput, dh0, dc0, *dweights = _by_definition(
-            (input, h0, c0, *weights), (needs[0], needs[2], needs[3], *many), batch_sizes, _layers(h0, stacked), wanted
-        )
+        dinput, dh0, dc0, *dweights = _by_definition(tensors, needed, batch_sizes, _layers(h0, stacked), wanted)
         return dinput, None, dh0, dc0, dweights, None, None
     forward, backward = _operators(stacked)
     if saved[0].shape[0] == 0 and ctx.backend != "torch":
         out, _, _, *saved = forward(input, batch_sizes, h0, c0, weights, True, ctx.backend)
-    dinput, dh0, dc0, dweights = backward(
-        *wanted, input, batch_sizes, h0, c0, weights, out, *saved, ctx.backend
-    )
+    if stacked:
+        dinput, dh0, dc0, *dweights = _through_stack(
+            partial(backward, backend=ctx.backend), tensors, needed, batch_sizes, (out, *saved), wanted
+        )
+    else:
+        dinput, dh0, dc0, dweights = backward(*wanted, input, batch_sizes, h0, c0, weights, out, *saved, ctx.backend)
     return dinput, None, dh0, dc0, dweights, None, None
 
 
@@ -79,11 +81,14 @@ class _Extension(torch.autograd.Function):
         batch_sizes, input, h0, c0, *rest = ctx.saved_tensors
         needed, weights, saved = _needed(ctx.needs_input_grad), rest[: ctx.weights], rest[ctx.weights :]
         if extension_serves(grads):
-            given = (*grads, input, batch_sizes, h0, c0, weights, *saved)
             if ctx.stacked:
-                dinput, dh0, dc0, dweights = extension.layers_backward[ctx.backend](*given)
+                dinput, dh0, dc0, *dweights = _through_stack(
+                    extension.layers_backward[ctx.backend], (input, h0, c0, *weights), needed, batch_sizes, saved, grads
+                )
             else:
-                dinput, dh0, dc0, dweights = extension.backward[ctx.backend](*given, needed[0], any(needed[3:]))
+                dinput, dh0, dc0, dweights = extension.backward[ctx.backend](
+                    *grads, input, batch_sizes, h0, c0, weights, *saved, needed[0], any(needed[3:])
+                )
         else:
             dinput, dh0, dc0, *dweights = past_extension(
                 ctx.backend, (input, h0, c0, *weights), needed, batch_sizes, saved, grads, ctx.stacked
@@ -162,6 +167,30 @@ def past_extension(
         return _by_definition(tensors, needed, batch_sizes, _layers(tensors[1], stacked), grads)
     input, h0, c0, *weights = tensors
     *found, dweights = _operators(stacked)[1](*grads, input, batch_sizes, h0, c0, weights, *saved, backend)
+    return [*found, *dweights]
+
+
+def _through_stack(
+    backward: Callable[..., Any], tensors: Sequence[Tensor], needed: Sequence[bool], batch_sizes: Tensor | None,
+    saved: Sequence[Tensor], grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of (input, h0, c0, *weights) of a stack, by ``backward`` of the extension or of the operator.
+
+    Layers below the first one that needs a gradient are left out, and the outputs of the last of them are the input.
+    """
+    input, h0, c0, *weights = tensors
+    out, gates, cells, states = saved
+    per_layer = len(weights) // h0.shape[0]
+    first = 0 if any(needed[:3]) else list(needed[3:]).index(True) // per_layer
+    if first > 0:
+        input = states[first - 1].view(*input.shape[:-1], h0.shape[2])
+        h0, c0, gates, cells, states = (tensor[first:] for tensor in (h0, c0, gates, cells, states))
+        grad_out, *of_states = grads
+        grads = (grad_out, *(None if grad is None else grad[first:] for grad in of_states))
+    dinput, dh0, dc0, dweights = backward(
+        *grads, input, batch_sizes, h0, c0, weights[first * per_layer :], out, gates, cells, states
+    )
+    found = [dinput, dh0, dc0] if first == 0 else [None] * (3 + first * per_layer)
     return [*found, *dweights]
 
 
