@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from backends import DEVICE
 from torch import Tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("auto", "cpu", "triton")
 BATCH, HEADS, ROWS, COLUMNS, DIM, EMBED = 2, 4, 3, 5, 8, 8
 INF = float("inf")

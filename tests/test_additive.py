@@ -19,6 +19,7 @@ from additive_cases import (
     public_call,
     serving,
 )
+from backends import DEVICE
 from hypothesis import given, settings
 from torch import Tensor
 
@@ -27,7 +28,6 @@ from fastattn.dispatch import Backend
 from fastattn.kernels.additive import config, launch
 from fastattn.kernels.additive.config import Blocks, Tile
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = launch.why_not(DEVICE, torch.float32) is None
 BACKENDS = ["auto", "tiled", *([Backend.TRITON] if TRITON else [])]
 NEEDS_TRITON = pytest.mark.skipif(not TRITON, reason="needs CUDA or TRITON_INTERPRET=1")

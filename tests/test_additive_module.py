@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from backends import DEVICE
 from torch import Tensor, nn
 
 import fastattn
 from fastattn import AdditiveAttention, LuongAttention
 
 BATCH, ROWS, COLUMNS, QUERY, KEY, HIDDEN = 2, 3, 5, 6, 4, 7
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FACTORIES: dict[str, Any] = {
     "additive": lambda: AdditiveAttention(QUERY, KEY, HIDDEN, device=DEVICE),
     "additive without bias": lambda: AdditiveAttention(QUERY, KEY, HIDDEN, bias=False, device=DEVICE),

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from additive_cases import AdditiveCase, evaluate, make_inputs, operator_name, public_call, serving
-from test_additive import BACKENDS, DEVICE, NEEDS_TRITON
+from backends import DEVICE
+from test_additive import BACKENDS, NEEDS_TRITON
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import ON_DEVICES
 from lstm_module_cases import BATCH, HIDDEN, INPUTS, STEPS, TorchLSTM, assert_same, flat, packed, padded, pair
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -22,8 +23,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import fastattn
 from fastattn.kernels.lstm import extension
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-ON_DEVICES = pytest.mark.parametrize("device", DEVICES)
 NEEDS_EXTENSION = pytest.mark.skipif(extension.why_unavailable("cpu") is not None, reason="needs the C++ extension")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import ON_DEVICES
 from torch import Tensor
 from torch.testing._internal.common_modules import ModuleErrorEnum, ModuleInfo, ModuleInput, module_db
 from torch.testing._internal.common_utils import freeze_rng_state
@@ -22,10 +23,8 @@ import fastattn
 
 OURS = {torch.nn.LSTM: fastattn.LSTM, torch.nn.LSTMCell: fastattn.LSTMCell}
 INFOS: list[ModuleInfo] = [info for info in module_db if info.module_cls in OURS]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ON_INFOS = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.module_cls.__name__)
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-ON_DEVICES = pytest.mark.parametrize("device", DEVICES)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,7 +20,6 @@ from fastattn.kernels.lstm import layer as kernels
 from fastattn.testing_lstm import Inputs, LstmCase
 
 OPS = torch.ops.fastattn
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BUILT = [name for name in ("cpu", "cuda") if extension.why_unavailable(name) is None]
 # The CUDA kernels are run where there is a device; the C++ ones everywhere.
 BACKENDS = [pytest.param(name, marks=[pytest.mark.gpu] if name == "cuda" else []) for name in (*BUILT, "torch")]

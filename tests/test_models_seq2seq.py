@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import DEVICE
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -18,7 +19,6 @@ from fastattn.models import Generator, Seq2Seq, Seq2SeqConfig, generate
 from fastattn.models.seq2seq import inverse_sigmoid
 from fastattn.models.seq2seq_decoder import DecoderState, StackedLSTMCell
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SOURCES, TARGETS = 11, 7
 
 

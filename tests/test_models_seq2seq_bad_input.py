@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from backends import DEVICE
 
 import fastattn
 from fastattn.models import Seq2Seq, Seq2SeqConfig, checkpoint, generate
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _config(**options: Any) -> Seq2SeqConfig:

@@ -14,15 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from backends import ON_DEVICES
 from torch.testing._internal.common_modules import ModuleInfo, ModuleInput, module_db
 from torch.testing._internal.common_utils import freeze_rng_state
 
 import fastattn
 
 INFO: ModuleInfo = next(info for info in module_db if info.module_cls is torch.nn.MultiheadAttention)
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-ON_DEVICES = pytest.mark.parametrize("device", DEVICES)
 
 
 def samples(
