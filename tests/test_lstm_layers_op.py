@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from emulated_device import ops
+from lstm_op_cases import leaves_of, loss_of, penalty
 from torch import Tensor, nn
 
 import fastattn
@@ -121,22 +122,6 @@ def test_frozen_layers_of_an_empty_batch() -> None:
         leaf.requires_grad_(False)
     found = torch.autograd.grad(loss_of(inputs, eager(inputs)), inputs.weights[4:])
     assert not any(grad.any() for grad in found)
-
-
-def leaves_of(case: LstmCase, dtype: torch.dtype = torch.float32) -> tuple[Inputs, list[Tensor]]:
-    inputs = testing_lstm.make_inputs(case).map(lambda tensor: tensor.to(dtype))
-    return inputs, [tensor.requires_grad_() for tensor in (inputs.input, inputs.h0, inputs.c0, *inputs.weights)]
-
-
-def loss_of(inputs: Inputs, results: tuple[Tensor, ...]) -> Tensor:
-    return torch.stack([(x * grad).sum() for x, grad in zip(results, inputs.grads, strict=True)]).sum()
-
-
-def penalty(call: testing_lstm.Call, case: LstmCase, dtype: torch.dtype) -> list[Tensor]:
-    """Gradients of a norm of gradients."""
-    inputs, leaves = leaves_of(case, dtype)
-    first = torch.autograd.grad(loss_of(inputs, call(inputs)), leaves, create_graph=True)
-    return list(torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves))
 
 
 @ON_CALLS

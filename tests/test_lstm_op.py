@@ -12,6 +12,7 @@ import torch
 from backends import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
+from lstm_op_cases import leaves_of, penalty
 from torch import Tensor
 
 from fastattn import reference_lstm, testing_lstm
@@ -216,26 +217,10 @@ def test_two_python_threads_at_once() -> None:
 # Derivatives -------------------------------------------------------------------------------------------------
 
 
-def leaves(case: LstmCase) -> tuple[Inputs, list[Tensor]]:
-    inputs = testing_lstm.make_inputs(case)
-    tensors = [tensor.requires_grad_() for tensor in (inputs.input, inputs.h0, inputs.c0, *inputs.weights)]
-    return inputs, tensors
-
-
 PENALTY_CASES = {
     "padded": {"directions": 2},
     "packed": {"lengths": (4, 2, 1), "directions": 2, "projection": 3},
 }
-
-
-def penalty(call: Any, case: LstmCase, dtype: torch.dtype) -> list[Tensor]:
-    """Gradients of a norm of gradients."""
-    inputs = testing_lstm.make_inputs(case).map(lambda tensor: tensor.to(dtype))
-    tensors = [tensor.requires_grad_() for tensor in (inputs.input, inputs.h0, inputs.c0, *inputs.weights)]
-    out, h_n, c_n = call(inputs)
-    loss = (out * inputs.grads[0]).sum() + (h_n * inputs.grads[1]).sum() + (c_n * inputs.grads[2]).sum()
-    norm = sum(grad.square().sum() for grad in torch.autograd.grad(loss, tensors, create_graph=True))
-    return list(torch.autograd.grad(norm, tensors))
 
 
 @pytest.mark.parametrize("backend", [*BUILT, "torch"])
@@ -251,7 +236,7 @@ def test_second_derivative(name: str, dispatched: bool, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", [*BUILT, "torch"])
 def test_second_backward_through_the_same_graph(backend: str) -> None:
-    inputs, tensors = leaves(LstmCase(directions=2))
+    inputs, tensors = leaves_of(LstmCase(directions=2))
     loss = sum(result.square().sum() for result in eager(backend)(inputs))
     first = torch.autograd.grad(loss, tensors, retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(loss, tensors), first, rtol=0, atol=0)
@@ -289,7 +274,7 @@ def test_gradient_of_one_input_alone(backend: str, needed: str) -> None:
 
 @pytest.mark.parametrize("backend", [*BUILT, "torch"])
 def test_nothing_is_kept_after_the_backward(backend: str) -> None:
-    inputs, tensors = leaves(LstmCase())
+    inputs, tensors = leaves_of(LstmCase())
     results = eager(backend)(inputs)
     node = results[0].grad_fn
     graph = weakref.ref(node.graph[1][0]) if backend == "torch" else None
@@ -304,7 +289,7 @@ def test_nothing_is_kept_after_the_backward(backend: str) -> None:
 
 @NEEDS_EXTENSION
 def test_no_graph_where_none_is_wanted() -> None:
-    inputs, _ = leaves(LstmCase())
+    inputs, _ = leaves_of(LstmCase())
     with torch.no_grad():
         results = eager("cpu")(inputs)
     assert not any(result.requires_grad for result in results)
@@ -331,7 +316,7 @@ def test_what_the_forward_keeps(dtype: torch.dtype, save: bool) -> None:
 @pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize("name", ["both directions", "packed, projection, both directions", "no bias"])
 def test_opcheck(name: str, save: bool, backend: str) -> None:
-    inputs, _ = leaves(LstmCase(**SHAPES[name]))
+    inputs, _ = leaves_of(LstmCase(**SHAPES[name]))
     arguments = (inputs.input, inputs.batch_sizes, inputs.h0, inputs.c0, inputs.weights)
     torch.library.opcheck(OPS.lstm_layer, (*arguments, save, backend), rtol=1e-4, atol=1e-4)
     with torch.no_grad():
@@ -351,7 +336,7 @@ def test_tags_and_schema() -> None:
 
 @pytest.mark.parametrize("backend", [*BUILT, "torch"])
 def test_saved_tensor_hooks_and_checkpoint(backend: str) -> None:
-    inputs, tensors = leaves(LstmCase(directions=2))
+    inputs, tensors = leaves_of(LstmCase(directions=2))
     wanted = torch.autograd.grad(sum(result.sum() for result in eager(backend)(inputs)), tensors)
 
     def function(*tensors: Tensor) -> Tensor:
