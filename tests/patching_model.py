@@ -1,7 +1,8 @@
-"""A model with attention somewhere inside, for the tests of patch and unpatch."""
+"""A model with attention somewhere inside and what it must still compute, for the tests of patch and unpatch."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 BATCH, LENGTH, EMBED, HEADS = 3, 7, 16, 4
@@ -21,3 +22,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.attn(x, x, x)[0])
+
+
+def assert_same(got: object, wanted: object) -> None:
+    torch.testing.assert_close(got, wanted, atol=2e-6, rtol=1e-5)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from bad_input import BF16, C64, F16, F32, F64, I64, RE, TE, VE
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -21,10 +22,6 @@ import fastattn
 from fastattn.kernels.lstm import extension
 
 T, B, I, H, P = 5, 3, 6, 4, 2  # noqa: E741  the names of csrc/lstm.h
-I64, F16, BF16, F32, F64, C64 = (
-    torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64,
-)  # fmt: skip
-AE, RE, TE, VE = AssertionError, RuntimeError, TypeError, ValueError
 NEEDS_EXTENSION = pytest.mark.skipif(extension.why_unavailable("cpu") is not None, reason="needs the C++ extension")
 
 

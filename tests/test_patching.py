@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from patching_model import BATCH, EMBED, HEADS, LENGTH, Block, attention
+from patching_model import BATCH, EMBED, HEADS, LENGTH, Block, assert_same, attention
 from torch import Tensor, nn
 
 import fastattn
@@ -43,10 +43,6 @@ class WithMergeMasks(nn.MultiheadAttention):
 @pytest.fixture
 def x() -> Tensor:
     return torch.randn(BATCH, LENGTH, EMBED)
-
-
-def assert_same(got: object, wanted: object) -> None:
-    torch.testing.assert_close(got, wanted, atol=2e-6, rtol=1e-5)
 
 
 # The tree -------------------------------------------------------------------------------------------------------

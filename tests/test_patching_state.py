@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 import torch.distributed as dist
-from patching_model import BATCH, EMBED, LENGTH, Block
+from patching_model import BATCH, EMBED, LENGTH, Block, assert_same
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize
@@ -19,10 +19,6 @@ import fastattn
 @pytest.fixture
 def x() -> Tensor:
     return torch.randn(BATCH, LENGTH, EMBED)
-
-
-def assert_same(got: object, wanted: object) -> None:
-    torch.testing.assert_close(got, wanted, atol=2e-6, rtol=1e-5)
 
 
 # State: parameters, optimizers, hooks, parametrisations ---------------------------------------------------------
