@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_models import FORWARD, GRADIENT
 from torch import Tensor, nn
 
 import fastattn
@@ -15,7 +16,6 @@ from fastattn.integrations.huggingface import calling
 
 transformers = pytest.importorskip("transformers")
 
-FORWARD, GRADIENT = 2e-5, 2e-4  # of the largest reference value
 BATCH, LENGTH, VOCABULARY = 3, 11, 50
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -14,6 +14,8 @@ import pytest
 import torch
 from huggingface_models import (
     CASES,
+    FORWARD,
+    GRADIENT,
     NEW,
     Seen,
     build,
@@ -29,7 +31,6 @@ from huggingface_models import (
 import fastattn
 from fastattn.integrations.huggingface import REFUSED, VERIFIED, architectures
 
-FORWARD, GRADIENT = 2e-5, 2e-4  # of the largest reference value
 DOCS = Path(__file__).parent.parent / "docs" / "huggingface.md"
 BEGIN, END = "<!-- written by tests/test_huggingface_architectures.py -->", "<!-- end -->"
 

@@ -9,7 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_models import BATCH, LENGTH, NEW, WINDOW, build, error, feed, generated, patched, spying
+from huggingface_models import (
+    BATCH,
+    FORWARD,
+    GRADIENT,
+    LENGTH,
+    NEW,
+    WINDOW,
+    build,
+    error,
+    feed,
+    generated,
+    patched,
+    spying,
+)
 from torch import Tensor
 
 from fastattn.integrations import huggingface
@@ -18,7 +31,6 @@ from fastattn.integrations.huggingface import StructuredMask
 transformers = pytest.importorskip("transformers")
 masking_utils = transformers.masking_utils
 
-FORWARD, GRADIENT = 2e-5, 2e-4  # of the largest reference value
 CONFIG = SimpleNamespace(model_type="llama")
 CAUSAL, BOTH_WAYS = masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function
 PATTERNS = {

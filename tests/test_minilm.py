@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_models import FORWARD, GRADIENT
 from torch import Tensor
 
 import fastattn
 from fastattn.demo import minilm, sentences
-
-FORWARD, GRADIENT = 2e-5, 2e-4  # of the largest reference value
 
 
 def assert_within(got: Tensor, wanted: Tensor, share: float, what: str = "output") -> None:
