@@ -65,13 +65,13 @@ BackwardWalk::BackwardWalk(
 void BackwardWalk::differentiate(int64_t d, int64_t t, Range rows, float* scratch) const {
   const LstmShape& s = layer.shape;
   const int64_t units = s.units(), before = d == 0 ? t - 1 : t + 1;
-  const int64_t with_before = before >= 0 ? s.active[static_cast<size_t>(before)] : 0;  // active[T] is 0
+  const int64_t with_before = s.rows_at(before);
   const Range halves[] = {{rows.begin, std::min(rows.end, with_before)}, {std::max(rows.begin, with_before), rows.end}};
   const LayerNormParts parts(layer, saved.data_ptr<float>(), d);
   for (int half = 0; half < 2; ++half) {
     const Range now = halves[half];
     if (now.empty()) continue;
-    const int64_t row = layer.row_of(t, now.begin), state = (d * s.batch + now.begin) * units;
+    const int64_t row = s.row_of(t, now.begin), state = (d * s.batch + now.begin) * units;
     const int64_t gates = (d * s.rows + row) * 4 * units;
     LayerNormBackwardStep step{};
     step.rows = now.end - now.begin;
@@ -87,7 +87,7 @@ void BackwardWalk::differentiate(int64_t d, int64_t t, Range rows, float* scratc
     step.normal_x = parts.normal_x + row * 4 * units;
     step.normal_h = parts.normal_h + row * 4 * units;
     step.saved = parts.rest_at(row, units);
-    step.previous = half == 0 ? parts.rest.cells + layer.row_of(before, now.begin) * units
+    step.previous = half == 0 ? parts.rest.cells + s.row_of(before, now.begin) * units
                               : c0.const_data_ptr<float>() + state;
     step.dh = dh.data_ptr<float>() + state;
     step.dcell = dcell.data_ptr<float>() + state;
@@ -108,7 +108,7 @@ void BackwardWalk::multiply(const Part& part, int64_t t, Range rows, float* scra
   p.rows = rows.end - rows.begin;
   p.columns = s.hidden;
   p.depth = p.left_row = layer.columns();
-  p.left = dproduct_h.const_data_ptr<float>() + (d * s.rows + layer.row_of(t, rows.begin)) * p.depth;
+  p.left = dproduct_h.const_data_ptr<float>() + (d * s.rows + s.row_of(t, rows.begin)) * p.depth;
   p.weight = packed[static_cast<size_t>(d)].get();
   p.out = product.data_ptr<float>() + (d * s.batch + rows.begin) * units;
   p.out_row = units;
@@ -145,7 +145,7 @@ at::Tensor BackwardWalk::recurrent_inputs(int64_t d, const at::Tensor& out, cons
   if (!layer.h_mask.defined()) return states;
   float* to = states.data_ptr<float>();
   for (int64_t t = 0; t < s.steps; ++t)
-    for (int64_t row = 0; row < s.active[static_cast<size_t>(t)]; ++row, to += s.hidden) {
+    for (int64_t row = 0; row < s.rows_at(t); ++row, to += s.hidden) {
       const float* mask = layer.mask(t, row, d);
       for (int64_t j = 0; j < s.hidden; ++j) to[j] *= mask[j];
     }

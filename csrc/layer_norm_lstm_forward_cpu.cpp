@@ -68,7 +68,7 @@ ForwardWalk::ForwardWalk(const LayerNormLstmArgs& args, bool keep, bool with_cel
 
 float* ForwardWalk::product_at(int64_t d, int64_t t, int64_t row) const {
   if (!save) return product_h[static_cast<size_t>(d)].data_ptr<float>() + row * layer.columns();
-  return LayerNormParts(layer, saved.data_ptr<float>(), d).normal_h + layer.row_of(t, row) * layer.columns();
+  return LayerNormParts(layer, saved.data_ptr<float>(), d).normal_h + layer.shape.row_of(t, row) * layer.columns();
 }
 
 // W_hh h_{t-1}, a share of its columns, for all rows of the part.
@@ -100,7 +100,7 @@ void ForwardWalk::multiply(
 
 void ForwardWalk::finish(int64_t d, int64_t t, Range rows, float* product, float* scratch) const {
   const LstmShape& s = layer.shape;
-  const int64_t units = s.units(), row = layer.row_of(t, rows.begin), state = d * s.batch + rows.begin;
+  const int64_t units = s.units(), row = s.row_of(t, rows.begin), state = d * s.batch + rows.begin;
   LayerNormForwardStep step{};
   step.rows = rows.end - rows.begin;
   step.hidden = s.hidden;

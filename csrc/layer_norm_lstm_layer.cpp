@@ -46,7 +46,7 @@ LayerNormWeights LayerNormDirection::pointers() const {
 }
 
 const float* LayerNormLayer::mask(int64_t t, int64_t row, int64_t d) const {
-  const int64_t at = mask_per_step ? row_of(t, row) : row;
+  const int64_t at = mask_per_step ? shape.row_of(t, row) : row;
   return h_mask.const_data_ptr<float>() + (at * shape.directions + d) * shape.hidden;
 }
 

@@ -40,11 +40,8 @@ struct LayerNormLayer {
     return dense_float(args.weights[static_cast<size_t>(d * weights_per_direction() + 1)]);
   }
   int64_t saved_floats() const { return shape.directions * shape.rows * (14 * shape.units() + 3); }
-  int64_t row_of(int64_t t, int64_t row) const { return shape.first[static_cast<size_t>(t)] + row; }
   // Rows of `rows` that step t has.
-  Range active(Range rows, int64_t t) const {
-    return {rows.begin, std::min(rows.end, shape.active[static_cast<size_t>(t)])};
-  }
+  Range active(Range rows, int64_t t) const { return {rows.begin, std::min(rows.end, shape.rows_at(t))}; }
   // The zoneout of rows from `row` of all steps on.
   Zoneout hidden_zoneout(int64_t d, int64_t row) const { return zoneout(zoneout_h, keep_h, d, row); }
   Zoneout cell_zoneout(int64_t d, int64_t row) const { return zoneout(zoneout_c, keep_c, d, row); }

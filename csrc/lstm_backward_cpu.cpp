@@ -40,13 +40,12 @@ struct BackwardLayer {
   void walk(const Part& part, Barrier& barrier, float* scratch) const;
   // Whether a step has one before it: a single one needs no product among the steps, and no packed weights.
   bool recurrent() const { return shape.steps > 1; }
-  int64_t row_of(int64_t t, int64_t row) const { return shape.first[static_cast<size_t>(t)] + row; }
   // Where row `row` of step t stands in a (N, D columns) tensor.
   float* at_row(const at::Tensor& tensor, int64_t t, int64_t row, int64_t d, int64_t columns) const {
-    return tensor.data_ptr<float>() + (row_of(t, row) * shape.directions + d) * columns;
+    return tensor.data_ptr<float>() + (shape.row_of(t, row) * shape.directions + d) * columns;
   }
   void* dsums_at(int64_t t, int64_t row, int64_t d) const {
-    return at_element(dsums, (row_of(t, row) * shape.directions + d) * 4 * shape.hidden);
+    return at_element(dsums, (shape.row_of(t, row) * shape.directions + d) * 4 * shape.hidden);
   }
   void hidden_gradient(
       const Part& part, int64_t t, int64_t later, Range rows, bool last, float* to, int64_t to_row,
@@ -116,7 +115,7 @@ void BackwardLayer::hidden_gradient(
 void BackwardLayer::cell_gradient(
     const Part& part, int64_t t, int64_t later, Range rows, bool last, float* scratch) const {
   const int64_t d = part.direction, units = shape.units(), before = d == 0 ? t - 1 : t + 1;
-  const int64_t with_before = before >= 0 ? shape.active[static_cast<size_t>(before)] : 0;  // active[T] is 0
+  const int64_t with_before = shape.rows_at(before);
   const Range halves[] = {
       {rows.begin, std::min(rows.end, with_before)}, {std::max(rows.begin, with_before), rows.end}};
   for (int half = 0; half < 2; ++half) {
@@ -146,7 +145,7 @@ void BackwardLayer::cell_gradient(
       s.weight = weight_h[static_cast<size_t>(d)].get();
       s.depth = 4 * shape.hidden;
     }
-    const int64_t saved = row_of(t, now.begin) * shape.directions + d;
+    const int64_t saved = shape.row_of(t, now.begin) * shape.directions + d;
     s.gates = at_element(gates, saved * 4 * units);
     s.gates_type = lstm_type(gates.scalar_type());
     s.gates_row = shape.directions * 4 * units;
@@ -171,7 +170,7 @@ void BackwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) con
   for (int64_t i = 0; i <= shape.steps; ++i) {
     const bool over = i == shape.steps;
     const int64_t t = over ? -1 : d == 0 ? shape.steps - 1 - i : i;
-    const int64_t active = over ? 0 : shape.active[static_cast<size_t>(t)];
+    const int64_t active = shape.rows_at(t);
     const Range parts[] = {
         {part.rows.begin, std::min(part.rows.end, std::min(active, there))},  // go on
         {std::max(part.rows.begin, there), std::min(part.rows.end, active)},  // end here, so begin in this walk

@@ -131,7 +131,7 @@ void ForwardLayer::own_sums(const Part& part, Range rows, int64_t to_row, float*
 void ForwardLayer::step(
     const Part& part, int64_t t, Range rows, int64_t sums_row, const void* h, int64_t h_row, float* scratch) const {
   if (rows.empty()) return;
-  const int64_t d = part.direction, units = shape.units(), row = shape.first[static_cast<size_t>(t)] + rows.begin;
+  const int64_t d = part.direction, units = shape.units(), row = shape.row_of(t, rows.begin);
   const Direction& own = directions[static_cast<size_t>(d)];
   LstmForwardStep s{};
   s.rows = rows.end - rows.begin;
@@ -172,7 +172,7 @@ void ForwardLayer::step(
 }
 
 void ForwardLayer::project(const Part& part, int64_t t, Range rows, float* scratch) const {
-  const int64_t d = part.direction, row = shape.first[static_cast<size_t>(t)] + rows.begin;
+  const int64_t d = part.direction, row = shape.row_of(t, rows.begin);
   LstmProduct p{};
   p.ahead = weights_ahead(shape, form);
   p.rows = rows.end - rows.begin;
@@ -193,21 +193,21 @@ void ForwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) cons
   int64_t there = 0, before = -1;  // rows of the step before, and that step
   int64_t sums_begin = 0;          // the row of the input whose sums come first
   for (int64_t i = 0; i < shape.steps; ++i) {
-    const int64_t t = d == 0 ? i : shape.steps - 1 - i, active = shape.active[static_cast<size_t>(t)];
+    const int64_t t = d == 0 ? i : shape.steps - 1 - i, active = shape.rows_at(t);
     if (stride > 0 && i % stride == 0) {
       const int64_t last = std::min(i + stride, shape.steps) - 1;
       const int64_t low = d == 0 ? i : shape.steps - 1 - last, high = d == 0 ? last : t;
-      sums_begin = shape.first[static_cast<size_t>(low)];
-      const int64_t end = shape.first[static_cast<size_t>(high)] + shape.active[static_cast<size_t>(high)];
+      sums_begin = shape.row_of(low, 0);
+      const int64_t end = shape.row_of(high + 1, 0);
       const Range rows = whole ? Range{sums_begin, end}
                                : Range{sums_begin + part.rows.begin, sums_begin + std::min(part.rows.end, active)};
       own_sums(part, rows, rows.begin - sums_begin, scratch);
     }
-    const int64_t sums_row = shape.first[static_cast<size_t>(t)] - sums_begin;
+    const int64_t sums_row = shape.row_of(t, 0) - sums_begin;
     const Range going{part.rows.begin, std::min(part.rows.end, std::min(active, there))};
     const Range beginning{std::max(part.rows.begin, there), std::min(part.rows.end, active)};
     if (!going.empty()) {
-      const int64_t row = shape.first[static_cast<size_t>(before)] + going.begin;
+      const int64_t row = shape.row_of(before, going.begin);
       step(part, t, going, sums_row, at_element(out, row * out_row + d * shape.state), out_row, scratch);
     }
     if (!beginning.empty()) {
@@ -245,10 +245,10 @@ LstmForward lstm_forward_cpu(const LstmArgs& args, bool save) {
       h_n[d].copy_(states.narrow(0, 0, s.batch));
     } else {
       for (int64_t t = s.steps - 1, done = 0; t >= 0 && done < s.batch; --t) {
-        const int64_t active = s.active[static_cast<size_t>(t)];
+        const int64_t active = s.rows_at(t);
         if (active == done) continue;
         h_n[d].narrow(0, done, active - done)
-            .copy_(states.narrow(0, s.first[static_cast<size_t>(t)] + done, active - done));
+            .copy_(states.narrow(0, s.row_of(t, done), active - done));
         done = active;
       }
     }

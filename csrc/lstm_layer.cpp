@@ -139,13 +139,11 @@ at::Tensor states_before(const LstmShape& shape, int64_t d, const at::Tensor& ou
   const int64_t out_row = shape.directions * shape.state;
   const size_t bytes = static_cast<size_t>(shape.state) * states.element_size();
   for (int64_t t = 0; t < shape.steps; ++t) {
-    const int64_t before = d == 0 ? t - 1 : t + 1;
-    const int64_t with_before = before >= 0 ? shape.active[static_cast<size_t>(before)] : 0;  // active[T] is 0
-    const int64_t first = before >= 0 ? shape.first[static_cast<size_t>(before)] : 0;
-    for (int64_t row = 0; row < shape.active[static_cast<size_t>(t)]; ++row, to += bytes)
+    const int64_t before = d == 0 ? t - 1 : t + 1, with_before = shape.rows_at(before);
+    for (int64_t row = 0; row < shape.rows_at(t); ++row, to += bytes)
       std::memcpy(
           to,
-          row < with_before ? at_element(out, (first + row) * out_row + d * shape.state)
+          row < with_before ? at_element(out, shape.row_of(before, row) * out_row + d * shape.state)
                             : at_element(h0, (d * shape.batch + row) * shape.state),
           bytes);
   }
@@ -165,7 +163,7 @@ static std::vector<int64_t> row_cuts(const LstmShape& shape, int64_t count) {
   }
   int64_t before = 0, step = shape.steps;
   for (int64_t row = 0; row < shape.batch && static_cast<int64_t>(cuts.size()) < count; ++row) {
-    while (step > 0 && shape.active[static_cast<size_t>(step - 1)] <= row) --step;  // the length of this row
+    while (step > 0 && shape.rows_at(step - 1) <= row) --step;  // the length of this row
     before += step;
     if (before * count >= shape.rows * static_cast<int64_t>(cuts.size())) cuts.push_back(row + 1);
   }

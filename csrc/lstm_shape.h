@@ -15,6 +15,9 @@ struct LstmShape {
   std::vector<int64_t> active;  // (T + 1): rows of the batch that step t has; 0 at T
   std::vector<int64_t> first;   // (T + 1): the row of the input at which step t begins
 
+  // Rows of step t, none at -1 and T; and where row `row` of the batch stands in the input at step t.
+  int64_t rows_at(int64_t t) const { return t < 0 ? 0 : active[static_cast<size_t>(t)]; }
+  int64_t row_of(int64_t t, int64_t row) const { return first[static_cast<size_t>(t)] + row; }
   int64_t units() const { return (hidden + 15) / 16 * 16; }  // Hr
   int64_t weights_per_direction() const { return 2 + (biases ? 2 : 0) + (projection ? 1 : 0); }
 };
