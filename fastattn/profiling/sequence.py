@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from fastattn.modules.attention import MultiheadAttention
 from fastattn.profiling.memory import peak_memory
+from fastattn.profiling.prediction import free_memory
 from fastattn.profiling.timing import interleaved
 
 TORCH, OURS = "nn.MultiheadAttention", "fastattn.MultiheadAttention"
@@ -66,7 +67,7 @@ def profile(
         for length in bar:
             bar.set_postfix(length=length)
             needed = _SCORE_COPIES * batch * heads * length * length * dtype.itemsize
-            if needed > _free_memory(device):
+            if needed > free_memory(device):
                 bar.write(f"length {length} left out: its scores need about {needed / 2**30:.0f} GiB")
                 continue
             x = torch.randn(batch, length, embed_dim, device=device, dtype=dtype)
@@ -127,14 +128,6 @@ def _assert_same(expected: tuple[Tensor, Tensor], got: tuple[Tensor, Tensor], le
         if not torch.allclose(found, wanted, atol=tolerance, rtol=1e-3):
             difference = float((found - wanted).abs().max())
             raise AssertionError(f"{what} at length {length} differs by {difference}: nothing was measured")
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def write_csv(points: Sequence[Point], path: Path) -> None:
