@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.validation import FLOATING, autocast_enabled
+from fastattn.validation import FLOATING, autocast_enabled, check_layout
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> None:
@@ -77,10 +77,7 @@ def check_tensor(name: str, tensor: Any, ranks: tuple[int, ...], *, mask: bool =
     """A dense tensor with one of the numbers of dimensions, floating, or boolean where it is a mask."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-    if tensor.is_nested:
-        raise ValueError(f"{name}: got a nested tensor, expected a padded one with key_padding_mask")
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name}: got layout {tensor.layout}, allowed is torch.strided (dense)")
+    check_layout(name, tensor)
     if tensor.dtype not in FLOATING and not (mask and tensor.dtype == torch.bool):
         also = "bool, " if mask else ""
         raise ValueError(f"{name}: got dtype {tensor.dtype}, allowed are {also}float16, bfloat16, float32 and float64")

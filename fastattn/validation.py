@@ -25,7 +25,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-        _check_layout(name, tensor)
+        check_layout(name, tensor)
         if tensor.dim() < 2:
             raise ValueError(
                 f"{name}: got shape {tuple(tensor.shape)}, expected at least 2 dimensions (..., length, head_dim)"
@@ -48,7 +48,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             )
 
 
-def _check_layout(name: str, tensor: Tensor) -> None:
+def check_layout(name: str, tensor: Tensor) -> None:
+    """Raise ValueError for a tensor that is not dense."""
     if tensor.is_nested:
         raise ValueError(f"{name}: got a nested tensor, expected a padded one with key_padding_mask")
     if tensor.layout != torch.strided:
@@ -107,7 +108,7 @@ def check_key_padding_mask(mask: Tensor, query: Tensor, key: Tensor) -> None:
 def _check_mask_type(name: str, mask: Tensor, query: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: got {type(mask).__name__}, expected a torch.Tensor or None")
-    _check_layout(name, mask)
+    check_layout(name, mask)
     if mask.dtype != torch.bool and mask.dtype not in FLOATING:
         raise ValueError(f"{name}: got dtype {mask.dtype}, allowed are bool and floating-point types")
     if mask.device != query.device:
@@ -187,7 +188,7 @@ def check_sinks(sinks: Tensor, query: Tensor) -> Tensor:
 def _check_vector(name: str, tensor: Tensor, query: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor or None")
-    _check_layout(name, tensor)
+    check_layout(name, tensor)
     if tensor.dtype not in FLOATING:
         raise ValueError(f"{name}: got dtype {tensor.dtype}, allowed are floating-point types")
     if tensor.device != query.device:
