@@ -52,15 +52,19 @@ bool input_product_first(const LstmShape& shape) {
 // Rows of one product of the input: tiles of all heights fill them, and their sums stay in the caches until they are used.
 constexpr int64_t kRowsOfSums = 192;
 
-// Rows of a single step up to which packing the weights costs more than it gains. Over many steps it costs more with one
-// row, where the weights are large: 1.05 to 1.4 times the time for 512 units and 100 to 10 steps.
+// Rows of a single step up to which packing the weights costs more than it gains.
 constexpr int64_t kFewRows = 64;
+
+// Steps of a single row up to which it does, where the weights are large. On Zen 5 a step of 512 units takes 21.5 us with
+// packed weights and 28.2 without, one of 1,024 units 0.95 of the time: packing is worth 50 to 150 steps. On Intel's
+// processors it gained nothing: 1.05 to 1.4 times the time for 100 to 10 steps.
+bool few_steps(int64_t steps) { return preferred_panels() != Panels::most || steps < 128; }
 
 LstmForm forward_form(const LstmShape& shape, const LstmArgs& args) {
   // Measured: from so many rows on splitting gains; weights from the third-level cache have half as many bytes again.
   const LstmForm form = lstm_form(shape, args, weight_bytes(shape) > kCacheBytes ? 48 : 32);
   const bool few = shape.steps == 1 ? shape.rows <= kFewRows
-                                    : shape.batch == 1 && weight_bytes(shape) > kCacheBytes;
+                                    : shape.batch == 1 && weight_bytes(shape) > kCacheBytes && few_steps(shape.steps);
   // In bfloat16, as they are and packed, against torch: 1.58 and 0.56 with one row, 0.64 and 0.70 with eight.
   const bool fewest = shape.steps == 1 && shape.rows <= 4;
   return (form == LstmForm::panels && few) || (is_half(form) && fewest) ? LstmForm::rows : form;
