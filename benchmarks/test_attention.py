@@ -34,6 +34,10 @@ if CUDA:
     FUNCTIONS = [
         (16384 // length, length, 2048 // dim, dim) for length in (4096, 16384, 1024) for dim in (64, 128)
     ]
+# (batch, queries, keys, heads, key heads, head dimension): steps of a decoder, a few tokens at once.
+FEW_QUERIES = [(1, 1, 2048, 32, 8, 128), (8, 1, 512, 8, 8, 64), (8, 16, 1024, 8, 8, 64), (2, 64, 2048, 8, 8, 64)]
+if CUDA:
+    FEW_QUERIES = [(16, 1, 8192, 32, 8, 128), (16, 4, 8192, 32, 8, 128), (16, 64, 4096, 32, 8, 128)]
 # Whether weights are asked for, whether half of the keys are padding.
 KINDS = {"default": (True, False), "no weights": (False, False), "padded": (True, True)}
 
@@ -170,3 +174,22 @@ def test_function(
     flops = attention_flops(batch, heads, length, length, dim, causal=causal, training=training)
     row = compare(benchmark, calls, DEVICE, flops=flops)
     keep({"shape": shape, "dtype": str(dtype), "causal": causal, "training": training} | row, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16,) if CUDA else (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("shape", FEW_QUERIES, ids=str)
+def test_few_queries(
+    benchmark: Any, keep: Any, shape: tuple[int, int, int, int, int, int], dtype: torch.dtype
+) -> None:
+    """The automatic choice against torch's function; both have the keys as dense tensors."""
+    batch, rows, columns, heads, key_heads, dim = shape
+    query = torch.randn(batch, heads, rows, dim, device=DEVICE, dtype=dtype)
+    keys = [torch.randn(batch, key_heads, columns, dim, device=DEVICE, dtype=dtype) for _ in range(2)]
+    gqa = heads != key_heads
+    calls = {
+        OURS: in_evaluation(lambda: fastattn.scaled_dot_product_attention(query, *keys, enable_gqa=gqa)),
+        "SDPA": in_evaluation(lambda: nn.functional.scaled_dot_product_attention(query, *keys, enable_gqa=gqa)),
+    }
+    flops = attention_flops(batch, heads, rows, columns, dim, causal=False, training=False)
+    row = compare(benchmark, calls, DEVICE, flops=flops)
+    keep({"shape": shape, "dtype": str(dtype), "training": False} | row, DEVICE)
