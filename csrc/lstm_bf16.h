@@ -7,6 +7,9 @@
 
 constexpr int64_t kTileDepth = 32, kTileRows = 16, kTileNumbers = kTileDepth * 16;
 
+// Tiles that are asked for so far ahead; in products only where asks_ahead says so.
+constexpr int64_t kTilesAhead = 4;
+
 static inline int64_t tiles_of(int64_t depth) { return (depth + kTileDepth - 1) / kTileDepth; }
 
 #if defined(FASTATTN_AVX512)
@@ -22,7 +25,10 @@ static void lstm_pack_gates_bf16(const void* from_weight, int64_t hidden, int64_
       const int64_t here = min(kTileDepth, depth - t * kTileDepth);
       vec square[kLanes];  // pairs of numbers: their bits are moved, not their values
       if (there == kUnits && here == kTileDepth) {
-        for (int i = 0; i < kLanes; ++i) __builtin_memcpy(&square[i], from + i * depth, sizeof(vec));
+        for (int i = 0; i < kLanes; ++i) {
+          prefetch(from + i * depth + kTilesAhead * kTileDepth);  // 0.8 of the time: more rows than the processor follows
+          __builtin_memcpy(&square[i], from + i * depth, sizeof(vec));
+        }
       } else {
         BFloat16 part[kUnits][kTileDepth] = {};
         for (int64_t i = 0; i < there; ++i)
@@ -107,9 +113,6 @@ static inline vec dot_pairs(vec sum, vec left, vec right) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));
   return sum;
 }
-
-// Tiles that are asked for so far ahead, where any are: see asks_ahead.
-constexpr int64_t kTilesAhead = 4;
 
 // ROWS rows of `left` times VECTORS of the four tiles of columns of a panel, added to `sums` (rows, 64).
 // Not inlined: among its callers' variables GCC 12 keeps the sums in memory, at half the speed.
