@@ -167,8 +167,7 @@ def choose(request: Request) -> Backend:
     """
     forced = forced_backend()
     if forced is None:
-        able = [name for name, _ in _order(request) if why_not(name, request) is None]
-        return able[0]
+        return next(name for name, _ in _order(request) if why_not(name, request) is None)
     reason = why_not(forced, request)
     if reason is not None:
         raise RuntimeError(f'fastattn.backend("{forced}") cannot serve this call: {reason}')
