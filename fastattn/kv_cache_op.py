@@ -42,12 +42,16 @@ def _append(
     key_cache: Tensor, value_cache: Tensor, new_key: Tensor, new_value: Tensor, cache_lengths: Tensor,
     block_table: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
+    given = (key_cache, value_cache, new_key, new_value, cache_lengths, block_table)
     if backend == "cpu":
-        extension.kv_cache_append(key_cache, value_cache, new_key, new_value, cache_lengths, block_table)
-        return
-    _check(key_cache, cache_lengths, block_table, new_key.shape[2])
-    write = decode_launch.append if backend == "triton" else kv_cache_eager.append
-    write(key_cache, value_cache, new_key, new_value, cache_lengths, block_table)
+        extension.kv_cache_append(*given)
+    else:
+        _check(key_cache, cache_lengths, block_table, new_key.shape[2])
+        write = decode_launch.append if backend == "triton" else kv_cache_eager.append
+        write(*given)
+    if backend in ("cpu", "triton"):
+        # Kernels write past torch, which must refuse a backward that needs the cache as it was.
+        torch.autograd.graph.increment_version((key_cache, value_cache))
 
 
 def _attention(

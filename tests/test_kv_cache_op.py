@@ -16,12 +16,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import fastattn
-from fastattn.dispatch import Backend
 
 OPS = torch.ops.fastattn
 ROOT = Path(__file__).resolve().parents[1]
 # The operator's backend, and the one to force for it.
-BACKENDS = {"dense": "auto", **({"triton": "triton"} if Backend.TRITON in KERNELS else {})}
+BACKENDS = {"dense": "auto", **{name.value: name.value for name in KERNELS}}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -76,6 +75,19 @@ def test_compiled_through_functionalization_the_cache_is_written(backend: str) -
         wanted, _ = call(case, make_inputs(case, DEVICE))
     torch.testing.assert_close(out, wanted)
     check_cache(case, inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_append_is_a_change_in_place(backend: str) -> None:
+    """A backward that needs the cache as it was is refused."""
+    inputs = make_inputs(CacheCase(), DEVICE)
+    given = (inputs.new_key, inputs.new_value, inputs.lengths, inputs.table, backend)
+    for cache in (inputs.key_cache, inputs.value_cache):
+        weight = torch.ones_like(cache, requires_grad=True)
+        product = (cache * weight).sum()
+        OPS.kv_cache_append(inputs.key_cache, inputs.value_cache, *given)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
 
 
 def test_autocast_leaves_the_dtypes_of_the_cache() -> None:
