@@ -70,9 +70,13 @@ struct Cache {
   }
 };
 
-void write(const Cache& cache, const at::Tensor& to, const at::Tensor& tokens) {
+void check_rows(const char* name, const at::Tensor& cache) {
   TORCH_CHECK_VALUE(
-      to.stride(3) == 1 || to.size(3) == 1, "cache: got stride ", to.stride(3), " in the last dimension, expected 1");
+      cache.stride(3) == 1 || cache.size(3) == 1, name, ": got stride ", cache.stride(3),
+      " in the last dimension, expected it contiguous");
+}
+
+void write(const Cache& cache, const at::Tensor& to, const at::Tensor& tokens) {
   const at::Tensor from = tokens.stride(3) == 1 ? tokens : tokens.contiguous();
   const int64_t size = to.element_size(), count = from.size(2), bytes = from.size(3) * size;
   if (from.numel() == 0) return;
@@ -105,6 +109,8 @@ void kv_cache_append(const CacheArgs& args, const at::Tensor& new_key, const at:
   const Cache cache(args, batch, tokens);
   check_tensor("new_key", new_key, {batch, cache.heads, tokens, cache.key.size(3)}, cache.key.scalar_type());
   check_tensor("new_value", new_value, {batch, cache.heads, tokens, cache.value.size(3)}, cache.key.scalar_type());
+  check_rows("key_cache", cache.key);
+  check_rows("value_cache", cache.value);
   write(cache, cache.key, new_key);
   write(cache, cache.value, new_value);
 }

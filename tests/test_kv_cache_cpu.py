@@ -188,4 +188,6 @@ def test_malformed_appends_raise() -> None:
     ):  # fmt: skip
         with pytest.raises((TypeError, ValueError, RuntimeError)):
             OPS.kv_cache_append(*wrong, "cpu")
+    with pytest.raises(ValueError, match="value_cache: got stride 8"):  # before anything is written
+        OPS.kv_cache_append(key, torch.zeros(2, 2, 4, 8).mT, new + 1.0, new, lengths, None, "cpu")
     assert torch.equal(key, before)
