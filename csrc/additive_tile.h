@@ -22,6 +22,12 @@ static void load_coverage(
   });
 }
 
+static bool any_takes_part(const AdditiveProblem& p, int64_t b, int64_t column, int64_t count) {
+  for (int64_t j = 0; j < count; ++j)
+    if (takes_part(p, b, column + j)) return true;
+  return false;
+}
+
 static void clear(float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = 0.0f;
 }
@@ -165,10 +171,17 @@ static void additive_gradient(const AdditiveGradient& g, int64_t task, float* sc
   clear(s.covered, dim);
   for (int64_t column = begin; column < end; column += kGradientKeys) {
     const int64_t count = min(kGradientKeys, end - column);
+    clear(s.dkeys, count * dim);
+    if (!any_takes_part(p, b, column, count)) {
+      for (int64_t row = 0; row < p.rows && g.dcoverage; ++row)
+        clear(g.dcoverage + (b * p.rows + row) * p.keys + column, count);
+      for (int64_t j = 0; j < count; ++j)
+        store_row(s.dkeys, p.features, 1.0f, at(g.dkey, b, 0, column + j, 0), g.dkey.type);
+      continue;
+    }
     load_rows(p.key, b, 0, column, count, p.features, 1.0f, s.keys, dim);
     for (int64_t j = 0; j < count; ++j)
       if (!takes_part(p, b, column + j)) clear(s.keys + j * dim, dim);
-    clear(s.dkeys, count * dim);
     for (int64_t row = 0; row < p.rows; ++row) {
       const int64_t place = (b * p.rows + row) * p.keys + column;
       load_rows(p.query, b, 0, row, 1, p.features, 1.0f, s.query, dim);

@@ -89,6 +89,25 @@ def test_gradients_hold_no_partial_sums() -> None:
         assert grad.untyped_storage().nbytes() == grad.nbytes
 
 
+def test_keys_that_take_no_part_are_skipped() -> None:
+    """Whatever they and their gradients hold; queries do not matter where no key takes part."""
+    mask = torch.zeros(2, 50, dtype=torch.bool)
+    mask[0, 18:20] = True
+    arguments = _good(
+        dscores=torch.randn(2, 3, 50), key=torch.randn(2, 50, 9), coverage=torch.rand(2, 3, 50), mask=mask
+    )
+    *wanted, more = OPS.additive_scores_backward(*arguments.values())
+    hidden = ~mask
+    for name in ("dscores", "coverage"):
+        arguments[name] = arguments[name].masked_fill(hidden.unsqueeze(1), torch.nan)
+    arguments["key"] = arguments["key"].masked_fill(hidden.unsqueeze(2), torch.nan)
+    arguments["query"][1] = torch.nan
+    *found, others = OPS.additive_scores_backward(*arguments.values())
+    for one, other in zip((*found, *others), (*wanted, *more), strict=True):
+        assert torch.equal(one, other)
+    assert found[1][hidden].eq(0).all()
+
+
 BAD = {
     "query_dimensions": {"query": torch.randn(3, 9)},
     "query_dtype": {"query": torch.randn(2, 3, 9).double()},
