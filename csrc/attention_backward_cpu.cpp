@@ -57,10 +57,14 @@ struct Gradient {
   Gradients run(const at::Tensor& third) {
     const Problem& p = task.problem;
     const Kernels& k = kernels();
-    if (p.heads > 0)
+    if (p.heads > 0) {
       run_tasks(task.tasks(), k.backward_scratch(task), [&](int64_t index, float* scratch) {
         k.backward_task(task, index, scratch);
       });
+    } else {  // keys that no query sees
+      for (const at::Tensor& unwritten : {dkey, third, dpadding_parts})
+        if (unwritten.defined()) unwritten.zero_();
+    }
     if (task.splits > 1) add_parts();
     std::vector<at::Tensor> dmasks;
     if (attn_mask) dmasks.push_back(dmask.to(attn_mask->scalar_type()));

@@ -166,12 +166,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_attention_backward(
   if (grad_logsumexp) check_floating("grad_logsumexp", *grad_logsumexp, {2, heads, tokens});
 
   const at::Tensor dquery = at::empty(query.sizes(), query.options());
-  // What no query sees has gradient 0: keys beyond seqused_k, and values where only the logsumexp has one.
+  // What no query sees has gradient 0: all keys without a head of queries, those beyond seqused_k, and values where only
+  // the logsumexp has one.
+  const bool all_keys = heads > 0 && !args.seqused_k;
   const auto keys_gradient = [&](const at::Tensor& like, bool written) {
     return written ? at::empty(like.sizes(), like.options()) : at::zeros(like.sizes(), like.options());
   };
-  const at::Tensor dkey = keys_gradient(key, !args.seqused_k);
-  const at::Tensor dvalue = keys_gradient(value, grad_out && !args.seqused_k);
+  const at::Tensor dkey = keys_gradient(key, all_keys);
+  const at::Tensor dvalue = keys_gradient(value, grad_out && all_keys);
   const at::Tensor dense_logsumexp = logsumexp.contiguous();
   at::Tensor dense_grad_logsumexp;
   if (grad_logsumexp) dense_grad_logsumexp = grad_logsumexp->select(0, 0).to(at::kFloat).contiguous();

@@ -264,9 +264,12 @@ def test_bitwise_independent_of_threads(case: Case) -> None:
 @pytest.mark.parametrize("call", [one_pass, two_passes])
 @pytest.mark.parametrize(
     "shape",
-    [{"rows": 0}, {"columns": 0}, {"batch": 0}, {"heads": 0, "key_heads": 0}, {"rows": 0, "columns": 0}],
+    [
+        {"rows": 0}, {"columns": 0}, {"batch": 0}, {"heads": 0, "key_heads": 0}, {"rows": 0, "columns": 0},
+        {"heads": 0, "batch": 2, "padding": torch.float32},
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_nothing_there(shape: dict[str, Any], call: Any) -> None:
     case = Case(**shape)
     inputs = make_inputs(case)

@@ -203,3 +203,9 @@ def test_keys_that_nobody_sees_have_gradient_zero() -> None:
     assert dvalue[2].eq(0).all()
     *_, dvalue = OPS.packed_attention_backward(*_good(grad_out=None))
     assert dvalue.eq(0).all()
+    none = {"query": torch.randn(9, 0, 8), "grad_logsumexp": None, "logsumexp": torch.randn(2, 0, 9), "used": None}
+    _, dkey, dvalue = OPS.packed_attention_backward(
+        *_good(**none, grad_out=torch.randn(9, 0, 8), out=torch.randn(9, 0, 8))
+    )
+    assert dkey.eq(0).all()
+    assert dvalue.eq(0).all()
