@@ -247,7 +247,7 @@ static void direct_join(const Direct& f, int64_t task) {
     }
     for (int64_t split = 0; split < f.splits(); ++split) {
       const float* from = base + split * step;
-      const float factor = from[dim] == -kInfinity ? 0.0f : exp(from[dim] - maximum);
+      const float factor = from[dim] == maximum ? 1.0f : exp(from[dim] - maximum);  // both may be infinite
       sum += from[dim + 1] * factor;
       for (int64_t d = 0; d < dim; d += kLanes)  // the first split's place holds the result
         store(base + d, (split ? load(base + d) : vec{}) + load(from + d) * factor);

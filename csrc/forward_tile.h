@@ -125,7 +125,8 @@ static void multiply_tile(float* tile, int64_t tile_row, int64_t rows, int64_t c
 static float store_result(
     const Problem& p, const Tensor4& out, float* logsumexp, int64_t b, int64_t h, int64_t row, const float* from,
     float maximum, float sum) {
-  const bool empty = maximum == -kInfinity;
+  // A row whose scores are all NaN has no maximum either, but a sum that is NaN.
+  const bool empty = maximum == -kInfinity && sum == sum;
   const float inverse = empty ? 0.0f : 1.0f / sum;
   store_row(from, p.dim, inverse, at(out, b, h, row, 0), out.type);
   float* to = logsumexp + (b * p.heads + h) * p.rows + row;
@@ -134,7 +135,7 @@ static float store_result(
   // Of the two addends the larger in size is first: then the difference is what rounding the sum lost, exactly.
   const bool ordered = __builtin_fabsf(maximum) >= logarithm;
   const float lost = ordered ? (maximum - number) + logarithm : (logarithm - number) + maximum;
-  to[p.batch * p.heads * p.rows] = empty ? 0.0f : lost;
+  to[p.batch * p.heads * p.rows] = empty || number == kInfinity ? 0.0f : lost;  // a sink may be infinite
   return inverse;
 }
 

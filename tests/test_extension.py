@@ -207,6 +207,32 @@ def test_nan_of_any_payload_is_nan(bits: int) -> None:
     assert out.isnan().sum() == 8
 
 
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("keys", [40, 1100, 2500])
+@pytest.mark.parametrize("rows", [1, 9, 70])
+def test_a_row_whose_scores_are_nan_is_not_an_empty_row(rows: int, keys: int) -> None:
+    query, key = torch.randn(1, 2, rows, 8), torch.randn(1, 2, keys, 8)
+    query[0, 1, 0] = torch.nan
+    out, lse = extension.attention(query, key, key, None, *problem())
+    assert out[0, 1, 0].isnan().all()
+    assert out.isnan().sum() == 8
+    assert torch.equal(lse[0].isnan(), query.isnan().all(-1))
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("keys", [40, 1100, 2500])
+@pytest.mark.parametrize("rows", [1, 9, 70])
+def test_an_infinite_sink_leaves_nothing_to_the_keys(rows: int, keys: int) -> None:
+    query, key = torch.randn(1, 2, rows, 8), torch.randn(1, 2, keys, 8)
+    out, lse = extension.attention(query, key, key, torch.tensor([torch.inf, 0.0]), *problem())
+    assert out[0, 0].eq(0).all()
+    assert lse[0, 0, 0].eq(torch.inf).all()
+    assert out[0, 1].ne(0).any()
+    given = (torch.ones_like(out), None, query, key, key, out, lse, *problem(), False, False)
+    grads = extension.attention_backward(*given)[:3]
+    assert all(grad.isfinite().all() and grad[0, 0].eq(0).all() for grad in grads)
+
+
 def test_segments_without_a_partner_are_empty_rows() -> None:
     query, key = torch.randn(2, 1, 3, 8), torch.randn(2, 1, 4, 8)
     arguments = problem(
