@@ -20,7 +20,7 @@ namespace {
 struct Cache {
   at::Tensor key, value;
   std::vector<int64_t> lengths;  // tokens of each sequence
-  std::vector<int64_t> table;    // (B, table_row) pages, or empty
+  std::vector<int64_t> table;    // (B, table_row) pages, as many as the longest sequence has; or empty
   int64_t heads, page_size, table_row, room;
   bool paged;
 
@@ -41,27 +41,33 @@ struct Cache {
       TORCH_CHECK_VALUE(
           page_size >= kPad && page_size % kPad == 0, "key_cache: got a page size of ", page_size,
           " tokens, allowed are multiples of ", kPad);
-      table = integers("block_table", pages);
-      table_row = pages.size(1);
-      room = table_row * page_size;
+      room = pages.size(1) * page_size;
     } else {
       TORCH_CHECK_VALUE(key.size(0) == batch, "key_cache: got batch size ", key.size(0), ", expected ", batch);
     }
-    check_contents(appended);
+    check_lengths(appended);
     for (int64_t& length : lengths) length += appended;
+    if (paged) read_table(*args.block_table);
   }
 
+  int64_t longest() const { return lengths.empty() ? 0 : *std::max_element(lengths.begin(), lengths.end()); }
+
   // The messages are those of fastattn/debug.py.
-  void check_contents(int64_t appended) const {
+  void check_lengths(int64_t appended) const {
     TORCH_CHECK_VALUE(appended >= 0, "appended: got ", appended, ", expected at least 0");
     if (lengths.empty()) return;
     const auto [low, high] = std::minmax_element(lengths.begin(), lengths.end());
     TORCH_CHECK_VALUE(
         *low >= 0 && *high <= room - appended, "cache_lengths: got lengths from ", *low, " to ", *high, " and ", appended,
         " new tokens, allowed are 0 to ", room, ", the tokens a sequence of the cache has room for");
-    if (!paged) return;
+  }
+
+  // A table has room for the longest sequence there may ever be, and takes as long to read as a short one to attend to.
+  void read_table(const at::Tensor& pages) {
+    table_row = (longest() + page_size - 1) / page_size;
+    table = integers("block_table", pages.narrow(1, 0, table_row));
     for (size_t b = 0; b < lengths.size(); ++b)
-      for (int64_t place = 0; place * page_size < lengths[b] + appended; ++place) {
+      for (int64_t place = 0; place * page_size < lengths[b]; ++place) {
         const int64_t page = table[b * table_row + place];
         TORCH_CHECK_VALUE(
             page >= 0 && page < key.size(0), "block_table: got page ", page, " at [", b, ", ", place,
@@ -126,8 +132,7 @@ std::tuple<at::Tensor, at::Tensor> kv_cache_attention(
   of_a_token.softcap = scoring.softcap;
   if (scoring.left) of_a_token.lower = -std::max(*scoring.left, -std::numeric_limits<int64_t>::max());
   of_a_token.upper = scoring.right;
-  const int64_t longest = cache.lengths.empty() ? 0 : *std::max_element(cache.lengths.begin(), cache.lengths.end());
-  OwnedProblem owned(query, cache.key, of_a_token, longest);
+  OwnedProblem owned(query, cache.key, of_a_token, cache.longest());
   Problem& p = owned.problem;
   p.key_end = cache.lengths.data();
 

@@ -175,6 +175,15 @@ def test_windows_of_any_size() -> None:
     assert torch.equal(out, usual)
 
 
+def test_of_a_table_only_pages_in_use_are_read() -> None:
+    """Such a table takes 8 TB as a tensor of its own."""
+    arguments = _good(key=torch.randn(1, 2, 48, 8), value=torch.randn(1, 2, 48, 8))
+    out, _ = OPS.kv_cache_attention(*(arguments | {"table": torch.zeros(2, 1, dtype=torch.int64)}).values())
+    table = torch.zeros(1, 1, dtype=torch.int64).expand(2, 2**39)
+    found, _ = OPS.kv_cache_attention(*(arguments | {"table": table}).values())
+    assert torch.equal(found, out)
+
+
 def test_malformed_appends_raise() -> None:
     key, value = torch.zeros(2, 2, 8, 4), torch.zeros(2, 2, 8, 4)
     new, lengths = torch.ones(2, 2, 3, 4), torch.tensor([1, 5])
