@@ -148,7 +148,8 @@ static void store_weights(
     const bool empty = s.maximum[i] == -kInfinity;
     for (int64_t j = range.begin, block = 0; j < range.end; j += kBlockKeys, ++block) {
       const float pivot = s.pivots[block * f.tile_rows + i];
-      const float factor = s.inverse[i] * (pivot == s.maximum[i] || empty ? 1.0f : exp(pivot - s.maximum[i]));
+      // The pivot is greater where no key came yet: there the exponentials are 0, and so must be a product with them.
+      const float factor = s.inverse[i] * (pivot >= s.maximum[i] || empty ? 1.0f : exp(pivot - s.maximum[i]));
       const float* from = s.scores + i * s.score_row + (j - range.begin);
       const int64_t n = min(min(kBlockKeys, range.end - j), p.keys - j);
       if (mean)

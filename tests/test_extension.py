@@ -220,6 +220,20 @@ def test_a_row_whose_scores_are_nan_is_not_an_empty_row(rows: int, keys: int) ->
 
 
 @pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("average", [False, True])
+def test_weights_of_low_scores_behind_blocks_without_a_key(average: bool) -> None:
+    """No key in the first block, and a maximum of -89: exp(89), which nothing may be multiplied with, was NaN."""
+    query, key = torch.zeros(1, 2, 4, 8), torch.randn(1, 2, 300, 8)
+    arguments = problem(
+        alibi_slopes=torch.full((1, 2), 89.0 / 198), segment_query=torch.tensor([[0, 0, 1, 1]]),
+        segment_key=(torch.arange(300) >= 200).long()[None],
+    )  # fmt: skip
+    _, lse, weights = extension.attention_with_weights(query, key, key, None, *arguments, average)
+    torch.testing.assert_close(weights, extension.attention_weights(query, key, lse, *arguments, average))
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+
+
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("keys", [40, 1100, 2500])
 @pytest.mark.parametrize("rows", [1, 9, 70])
 def test_an_infinite_sink_leaves_nothing_to_the_keys(rows: int, keys: int) -> None:
