@@ -16,6 +16,9 @@ namespace {
 
 // Longer sequences run one after another with all threads, shorter ones side by side.
 constexpr int64_t kLongRows = 256;
+// Scores of a head, and multiplications of Q K^T, beyond which a sequence is as long: one query of many keys, or too few
+// sequences for the threads.
+constexpr int64_t kLongScores = kLongRows * kLongRows, kLongProducts = int64_t{1} << 20;
 
 // (T, H, D) as (1, H, T, D).
 at::Tensor one_batch(const char* name, const at::Tensor& packed) {
@@ -87,6 +90,11 @@ struct Pack {
   int64_t count() const { return static_cast<int64_t>(query_bounds.size()) - 1; }
   int64_t rows(int64_t n) const { return query_bounds[n + 1] - query_bounds[n]; }
 
+  bool runs_alone(int64_t n) const {
+    const int64_t scores = rows(n) * used[n], products = scores * whole.problem.heads * whole.problem.dim;
+    return rows(n) > kLongRows || scores > kLongScores || (count() < at::get_num_threads() && products > kLongProducts);
+  }
+
   // Rows of a tensor (1, H, Tq, D) or (1, G, Tk, D) of sequence n on.
   Tensor4 of_queries(const Tensor4& t, int64_t n) const { return from_row(t, query_bounds[n]); }
   Tensor4 of_keys(const Tensor4& t, int64_t n) const { return from_row(t, key_bounds[n]); }
@@ -144,7 +152,7 @@ std::tuple<at::Tensor, at::Tensor> packed_attention(
   };
   std::vector<int64_t> side_by_side;
   for (int64_t n = 0; n < pack.count(); ++n) {
-    if (pack.rows(n) > kLongRows) {
+    if (pack.runs_alone(n)) {
       attend_sequence(n);
     } else if (size_t(heads) * pack.rows(n) > 0) {
       side_by_side.push_back(n);
