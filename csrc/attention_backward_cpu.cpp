@@ -8,9 +8,6 @@ namespace fastattn {
 
 namespace {
 
-// Enough tasks for the cores of a small machine even for one head; more would cost memory for partial sums.
-constexpr int64_t kTasks = 16, kLeastSplitKeys = 256;
-
 // What both backwards share: the gradients of query, key and masks and where their partial sums stand.
 struct Gradient {
   Backward task{};
@@ -32,12 +29,8 @@ struct Gradient {
       task.mask_over_batch = attn_mask->size(0) == 1;
       task.mask_over_heads = attn_mask->size(1) == 1;
     }
-    task.splits = 1;
     const bool sums_over_keys = attn_mask && attn_mask->size(3) == 1;
-    if (task.sets() > 0 && task.sets() < kTasks && !sums_over_keys) {
-      const int64_t most = (p.keys + kLeastSplitKeys - 1) / kLeastSplitKeys;
-      task.splits = std::max<int64_t>(1, std::min(kTasks / task.sets(), most));
-    }
+    task.splits = sums_over_keys ? 1 : backward_splits(task.sets(), p.keys);
     if (task.splits > 1) {
       dquery_parts = at::empty({task.splits, p.batch, p.heads, p.rows, p.dim}, floats);
       task.dquery = tensor4(dquery_parts[0]);

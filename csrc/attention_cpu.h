@@ -148,6 +148,15 @@ struct Weights {
   int64_t tasks() const { return problem.batch * tiles() * (mode == WeightsMode::mean ? 1 : problem.heads); }
 };
 
+// Splits of the keys for so many sets, see Backward: tasks enough for the cores of a small machine even for one head; more
+// would cost memory for partial sums.
+constexpr int64_t backward_splits(int64_t sets, int64_t keys) {
+  constexpr int64_t tasks = 16, least_keys = 256;
+  if (sets < 1 || sets >= tasks || keys <= least_keys) return 1;
+  const int64_t most = (keys + least_keys - 1) / least_keys;
+  return tasks / sets < most ? tasks / sets : most;
+}
+
 // Gradients of the attention, or of the weights (then grad_weights is there, and value, out, grad_out and
 // grad_logsumexp are not).
 //

@@ -186,7 +186,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_attention_backward(
   at::Tensor dense_grad_logsumexp;
   if (grad_logsumexp) dense_grad_logsumexp = grad_logsumexp->select(0, 0).to(at::kFloat).contiguous();
   Backward whole{};
-  whole.splits = 1;
   whole.dquery = tensor4(one_batch("dquery", dquery));
   whole.dkey = tensor4(one_batch("dkey", dkey));
   if (grad_out) {
@@ -196,9 +195,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_attention_backward(
     whole.dvalue = tensor4(one_batch("dvalue", dvalue));
   }
   const Floats parts(3 * heads * tokens);  // logsumexp (2, H, rows) and its gradient (H, rows) of each sequence
-  std::vector<Backward> sequences;
+  std::vector<Backward> side_by_side;
   const Kernels& k = kernels();
   int64_t scratch_floats = 0;
+  // A sequence whose keys are split, as those of a dense call are, makes tasks enough on its own.
+  const auto run_split = [&](Backward t, int64_t n) {
+    const at::Tensor splits =
+        at::empty({t.splits, heads, pack.rows(n), query.size(2)}, query.options().dtype(at::kFloat));
+    t.dquery = tensor4(splits[0].unsqueeze(0));
+    t.dquery_split = splits.stride(0);
+    run_tasks(t.tasks(), k.backward_scratch(t), [&](int64_t task, float* scratch) {
+      k.backward_task(t, task, scratch);
+    });
+    at::Tensor sum = splits[0];
+    for (int64_t split = 1; split < t.splits; ++split) sum.add_(splits[split]);
+    dquery.narrow(0, pack.query_bounds[n], pack.rows(n)).copy_(sum.transpose(0, 1));
+  };
   for (int64_t n = 0; n < pack.count() && heads > 0; ++n) {
     const int64_t size = heads * pack.rows(n);
     float* own = parts + 3 * heads * pack.query_bounds[n];
@@ -217,11 +229,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_attention_backward(
       if (queries->data) *queries = pack.of_queries(*queries, n);
     for (Tensor4* keys : {&t.dkey, &t.value, &t.dvalue})
       if (keys->data) *keys = pack.of_keys(*keys, n);
-    sequences.push_back(t);
+    t.splits = backward_splits(key_heads, t.problem.keys);
+    if (t.splits > 1) {
+      run_split(t, n);
+      continue;
+    }
+    side_by_side.push_back(t);
     scratch_floats = std::max(scratch_floats, k.backward_scratch(t));
   }
-  run_tasks(sequences.size() * key_heads, scratch_floats, [&](int64_t task, float* scratch) {
-    k.backward_task(sequences[task / key_heads], task % key_heads, scratch);
+  run_tasks(side_by_side.size() * key_heads, scratch_floats, [&](int64_t task, float* scratch) {
+    k.backward_task(side_by_side[task / key_heads], task % key_heads, scratch);
   });
   return {dquery, dkey, dvalue};
 }
