@@ -95,8 +95,15 @@ fi
 only=()
 has pytest_benchmark && only=(--benchmark-only --benchmark-disable-gc -q)
 for group in \
-    "test_module and default" "test_function and forward" "test_function and training" "test_module and not default" \
-    "kv_cache" "varlen" "additive"; do
+    "test_module and default" \
+    "test_function and forward and not additive" \
+    "test_function and training and not additive" \
+    "test_layers" \
+    "test_module and not default" \
+    "few_queries or kv_cache" \
+    "test_layer_norm or test_cell" \
+    "varlen" \
+    "additive"; do
     seconds=$(left)
     echo "== $group, $seconds s left"
     if ((seconds < 1)); then
