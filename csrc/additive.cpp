@@ -70,13 +70,6 @@ struct Owned {
   }
 };
 
-// The sum over splits of (splits, ...), in their order; over batches too.
-at::Tensor add_splits(const at::Tensor& parts) {
-  at::Tensor sum = parts[0];
-  for (int64_t split = 1; split < parts.size(0); ++split) sum.add_(parts[split]);
-  return sum;
-}
-
 }  // namespace
 
 at::Tensor additive_scores(const AdditiveArgs& args) {

@@ -58,18 +58,11 @@ struct Gradient {
       for (const at::Tensor& unwritten : {dkey, third, dpadding_parts})
         if (unwritten.defined()) unwritten.zero_();
     }
-    if (task.splits > 1) add_parts();
+    if (task.splits > 1) dquery.copy_(add_splits(dquery_parts));
     std::vector<at::Tensor> dmasks;
     if (attn_mask) dmasks.push_back(dmask.to(attn_mask->scalar_type()));
     if (key_padding_mask) dmasks.push_back(dpadding_parts.sum(1).to(key_padding_mask->scalar_type()));
     return {dquery, dkey, third, dmasks};
-  }
-
- private:
-  void add_parts() {
-    at::Tensor sum = dquery_parts[0];
-    for (int64_t split = 1; split < task.splits; ++split) sum.add_(dquery_parts[split]);
-    dquery.copy_(sum);
   }
 };
 

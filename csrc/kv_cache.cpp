@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "attend.h"
@@ -130,8 +129,7 @@ std::tuple<at::Tensor, at::Tensor> kv_cache_attention(
   of_a_token.alibi_slopes = scoring.alibi_slopes;
   of_a_token.scale = scoring.scale;
   of_a_token.softcap = scoring.softcap;
-  if (scoring.left) of_a_token.lower = -std::max(*scoring.left, -std::numeric_limits<int64_t>::max());
-  of_a_token.upper = scoring.right;
+  of_a_token.see(scoring.left, scoring.right);
   OwnedProblem owned(query, cache.key, of_a_token, cache.longest());
   Problem& p = owned.problem;
   p.key_end = cache.lengths.data();

@@ -29,8 +29,7 @@ at::Tensor one_batch(const char* name, const at::Tensor& packed) {
 ProblemArgs of_a_token(const PackedArgs& args) {
   ProblemArgs result;
   result.scale = args.scale;
-  if (args.left) result.lower = -std::max(*args.left, -std::numeric_limits<int64_t>::max());
-  result.upper = args.right;
+  result.see(args.left, args.right);
   return result;
 }
 
@@ -207,9 +206,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_attention_backward(
     run_tasks(t.tasks(), k.backward_scratch(t), [&](int64_t task, float* scratch) {
       k.backward_task(t, task, scratch);
     });
-    at::Tensor sum = splits[0];
-    for (int64_t split = 1; split < t.splits; ++split) sum.add_(splits[split]);
-    dquery.narrow(0, pack.query_bounds[n], pack.rows(n)).copy_(sum.transpose(0, 1));
+    dquery.narrow(0, pack.query_bounds[n], pack.rows(n)).copy_(add_splits(splits).transpose(0, 1));
   };
   for (int64_t n = 0; n < pack.count() && heads > 0; ++n) {
     const int64_t size = heads * pack.rows(n);

@@ -232,6 +232,12 @@ OwnedProblem::OwnedProblem(
   if (args.segment_query) read_segments(*this, *args.segment_query, *args.segment_key);
 }
 
+at::Tensor add_splits(const at::Tensor& parts) {
+  at::Tensor sum = parts[0];
+  for (int64_t split = 1; split < parts.size(0); ++split) sum.add_(parts[split]);
+  return sum;
+}
+
 at::Tensor empty_heads_last(const at::Tensor& like) {
   return at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options()).transpose(1, 2);
 }

@@ -3,7 +3,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <array>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -24,6 +26,12 @@ struct ProblemArgs {
   double softcap = 0.0;
   int64_t shift = 0;
   std::optional<int64_t> lower, upper;
+
+  // What a query that stands at key 0 sees: keys from -left to right.
+  void see(std::optional<int64_t> left, std::optional<int64_t> right) {
+    if (left) lower = -std::max(*left, -std::numeric_limits<int64_t>::max());
+    upper = right;
+  }
 };
 
 // A Problem and the memory its pointers refer to.
@@ -50,6 +58,9 @@ Tensor4 from_row(Tensor4 tensor, int64_t row);
 
 // The numbers of an int32 or int64 tensor on the CPU; throws for another.
 std::vector<int64_t> integers(const char* name, const at::Tensor& tensor);
+
+// The sum of (splits, ...) over the splits, in their order, in the place of the first.
+at::Tensor add_splits(const at::Tensor& parts);
 
 // Throws unless `tensor` is on the CPU and has that shape and type; `name` is what the message calls it.
 void check_tensor(const char* name, const at::Tensor& tensor, at::IntArrayRef shape, at::ScalarType type);

@@ -28,6 +28,8 @@ for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import instruction_sets  # noqa: E402  it imports fastattn, and so triton
+
 _COMMON = {
     "deadline": None,  # the interpreter's speed says nothing
     "print_blob": True,
@@ -84,3 +86,9 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(params=instruction_sets.PLAIN)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each plain instruction set of the C++ kernels in turn; tests of others have a fixture of their own."""
+    yield from instruction_sets.chosen(request.param)

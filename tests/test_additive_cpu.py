@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import instruction_sets
 import pytest
 import torch
 from additive_cases import AdditiveCase, check
@@ -36,11 +34,6 @@ CASES = {
     "saturated": Case(size=20.0),
     "near_zero": Case(size=1e-4),
 }
-
-
-@pytest.fixture(params=instruction_sets.PLAIN)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield from instruction_sets.chosen(request.param)
 
 
 @pytest.mark.usefixtures("instruction_set")

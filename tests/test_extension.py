@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import instruction_sets
 import pytest
 import torch
 from torch import Tensor
@@ -140,11 +139,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=instruction_sets.PLAIN)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield from instruction_sets.chosen(request.param)
 
 
 @pytest.mark.usefixtures("instruction_set")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import instruction_sets
 import pytest
 import torch
 from test_extension import problem
@@ -12,11 +9,6 @@ from test_extension import problem
 from fastattn.kernels.attention import extension
 
 pytestmark = pytest.mark.skipif(extension.UNAVAILABLE is not None, reason=str(extension.UNAVAILABLE))
-
-
-@pytest.fixture(params=instruction_sets.PLAIN)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield from instruction_sets.chosen(request.param)
 
 
 @pytest.mark.usefixtures("instruction_set")

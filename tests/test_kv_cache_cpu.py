@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import instruction_sets
 import pytest
 import torch
 from kv_cache_cases import CacheCase, call, check, make_inputs
@@ -42,11 +40,6 @@ CASES = {
         heads=6, rows=5, appended=5, page=16, window=(40, 2), softcap=3.0, alibi="batch", sinks=True, scale=0.9,
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(params=instruction_sets.PLAIN)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield from instruction_sets.chosen(request.param)
 
 
 @pytest.mark.usefixtures("instruction_set")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import instruction_sets
 import pytest
 import torch
 from backends import DEVICE, KERNELS
@@ -81,11 +79,6 @@ def test_opcheck_of_the_kernel(used: tuple[int, ...] | None, kernel: Backend) ->
 # The C++ kernel, called directly ------------------------------------------------------------------------------
 
 OPS = torch.ops.fastattn
-
-
-@pytest.fixture(params=instruction_sets.PLAIN)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield from instruction_sets.chosen(request.param)
 
 
 @needs_extension
