@@ -23,7 +23,8 @@ struct BackwardLayer {
   at::Tensor c0;                   // (D, B, Hr)
   at::Tensor grad_out, grad_h_n;   // float32 (N, D P), (D, B, P); or undefined
   at::Tensor dcell;                // (D, B, Hr): the gradient of c_n, of c0 in the end
-  at::Tensor dsums;                // (N, D, 4H), bfloat16 where the form is that
+  int64_t dsums_row;               // from a row of dsums to the next: longer than a row where those are spread
+  at::Tensor dsums;                // (N, D 4H), bfloat16 where the form is that
   at::Tensor dh, m;                // (N, D P), (N, D H) where there is a projection
   at::Tensor dh0;                  // (D, B, P)
   std::vector<Floats> weight_h, projection;
@@ -34,6 +35,7 @@ struct BackwardLayer {
   void walk() const {
     run_parts(shape, form, [&](const Part& part, Barrier& barrier, float* scratch) { walk(part, barrier, scratch); });
   }
+  at::Tensor dsums_of(int64_t d) const { return dsums.narrow(1, d * 4 * shape.hidden, 4 * shape.hidden); }
   at::Tensor dc0(at::ScalarType type) const { return dcell.narrow(2, 0, shape.hidden).to(type).contiguous(); }
 
  private:
@@ -45,7 +47,7 @@ struct BackwardLayer {
     return tensor.data_ptr<float>() + (shape.row_of(t, row) * shape.directions + d) * columns;
   }
   void* dsums_at(int64_t t, int64_t row, int64_t d) const {
-    return at_element(dsums, (shape.row_of(t, row) * shape.directions + d) * 4 * shape.hidden);
+    return at_element(dsums, shape.row_of(t, row) * dsums_row + d * 4 * shape.hidden);
   }
   void hidden_gradient(
       const Part& part, int64_t t, int64_t later, Range rows, bool last, float* to, int64_t to_row,
@@ -73,8 +75,10 @@ BackwardLayer::BackwardLayer(
   if (grad.out) grad_out = dense_float(*grad.out).view({s.rows, s.directions * s.state});
   if (grad.h_n) grad_h_n = dense_float(*grad.h_n);
   dcell = grad.c_n ? padded_state(*grad.c_n, s.units()) : at::zeros({s.directions, s.batch, s.units()}, floats);
-  dsums = with_huge_pages(
-      at::empty({s.rows, s.directions, 4 * s.hidden}, is_half(form) ? args.input.options() : floats));
+  const int64_t columns = s.directions * 4 * s.hidden;
+  dsums_row = columns + (form == LstmForm::panels ? kSpread : 0);
+  dsums = with_huge_pages(at::empty({s.rows, dsums_row}, is_half(form) ? args.input.options() : floats))
+              .narrow(1, 0, columns);
   dh0 = grad.h_n ? grad_h_n.clone() : at::zeros({s.directions, s.batch, s.state}, floats);
   if (s.projection) {
     dh = at::empty({s.rows, s.directions * s.state}, floats);
@@ -104,7 +108,8 @@ void BackwardLayer::hidden_gradient(
   if (!last) p.left = dsums_at(later, rows.begin, d);
   p.form = form;
   p.ahead = weights_ahead(shape, form);
-  p.left_row = shape.directions * 4 * shape.hidden;
+  p.left_row = dsums_row;
+  p.spread = true;
   p.weight = weight_h[static_cast<size_t>(d)].get();
   p.out = to;
   p.out_row = to_row;
@@ -141,7 +146,8 @@ void BackwardLayer::cell_gradient(
         s.start2 = grad_h_n.const_data_ptr<float>() + (d * shape.batch + now.begin) * shape.hidden;
       s.start2_row = shape.hidden;
       if (!last) s.left = dsums_at(later, now.begin, d);
-      s.left_row = shape.directions * 4 * shape.hidden;
+      s.left_row = dsums_row;
+      s.spread = true;
       s.weight = weight_h[static_cast<size_t>(d)].get();
       s.depth = 4 * shape.hidden;
     }
@@ -157,7 +163,7 @@ void BackwardLayer::cell_gradient(
     s.dcell = dcell.data_ptr<float>() + (d * shape.batch + now.begin) * units;
     s.dcell_row = units;
     s.dsums = dsums_at(t, now.begin, d);
-    s.dsums_row = shape.directions * 4 * shape.hidden;
+    s.dsums_row = dsums_row;
     lstm_kernels().backward(s, share(panels(shape.hidden), part.member, part.members), scratch);
   }
 }
@@ -213,7 +219,7 @@ LstmBackward lstm_backward_cpu(
   const at::Tensor states = operand(out, form).view({s.rows, s.directions * s.state});
   std::vector<at::Tensor> dweights, input_weights;
   for (int64_t d = 0; d < s.directions; ++d) {
-    const at::Tensor dsums = layer.dsums.select(1, d), turned = dsums.t();
+    const at::Tensor dsums = layer.dsums_of(d), turned = dsums.t();
     if (s.steps == 1) layer.dh0[d].copy_(mm(dsums, weight(d, 1)));
     if (wanted.input) input_weights.push_back(weight(d, 0));
     if (!wanted.weights) {
@@ -234,9 +240,12 @@ LstmBackward lstm_backward_cpu(
   }
   at::Tensor dinput;
   if (wanted.input) {
-    const at::Tensor both = s.directions == 1 ? input_weights[0] : at::cat(input_weights);
-    const at::Tensor dsums = layer.dsums.view({s.rows, s.directions * 4 * s.hidden});
-    dinput = mm(dsums, both).to(type).view(args.input.sizes());
+    if (is_half(form) && s.directions > 1)  // a sum of two products would round twice
+      dinput = mm(layer.dsums, at::cat(input_weights));
+    else
+      for (int64_t d = 0; d < s.directions; ++d)
+        add_mm(dinput, layer.dsums_of(d), input_weights[static_cast<size_t>(d)]);
+    dinput = dinput.to(type).view(args.input.sizes());
   }
   return {dinput, layer.dh0.to(type), layer.dc0(type), dweights};
 }
@@ -252,7 +261,7 @@ LstmStepBackward lstm_step_backward_cpu(
       ", expected one padded step in one direction without a projection");
   layer.walk();
   const auto type = args.input.scalar_type();
-  const at::Tensor dsums = layer.dsums.select(1, 0);
+  const at::Tensor dsums = layer.dsums;
   const auto back_through = [&](size_t weight) { return mm(dsums, operand(args.weights[weight], layer.form)).to(type); };
   return {input_grad ? back_through(0).view(args.input.sizes()) : at::Tensor(), back_through(1).unsqueeze(0),
           layer.dc0(type), dsums};

@@ -77,13 +77,14 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
   h0 = operand(args.h0, form);
   cell = padded_state(args.c0, s.units());
   const auto floats = args.input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
-  out = at::empty({s.rows, s.directions * s.state}, is_half(form) ? args.input.options() : floats);
+  out = with_huge_pages(
+      at::empty({s.rows, s.directions * s.state}, is_half(form) ? args.input.options() : floats));
   if (s.projection) m = at::empty({s.directions, s.batch, s.hidden}, floats);
   gates = at::empty({0}, args.input.options());
   cells = at::empty({0}, floats);
   if (save) {
     gates = with_huge_pages(at::empty({s.rows, s.directions, 4 * s.units()}, args.input.options()));
-    cells = at::empty({s.rows, s.directions, s.units()}, floats);
+    cells = with_huge_pages(at::empty({s.rows, s.directions, s.units()}, floats));
   }
   // In bfloat16 reading W_ih costs half as much, and torch's product would round the sums.
   const bool first = is_half(form) ? s.steps > 1 && s.batch < kRowsOfATile : input_product_first(s);

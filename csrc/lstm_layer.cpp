@@ -9,6 +9,7 @@
 #include <xmmintrin.h>
 #endif
 
+#include "huge_pages.h"
 #include "split.h"
 
 namespace fastattn {
@@ -134,19 +135,18 @@ at::Tensor padded_state(const at::Tensor& state, int64_t units) {
 }
 
 at::Tensor states_before(const LstmShape& shape, int64_t d, const at::Tensor& out, const at::Tensor& h0) {
-  at::Tensor states = at::empty({shape.rows, shape.state}, out.options());
-  char* to = at_element(states, 0);
+  at::Tensor states = with_huge_pages(at::empty({shape.rows, shape.state}, out.options()));
   const int64_t out_row = shape.directions * shape.state;
   const size_t bytes = static_cast<size_t>(shape.state) * states.element_size();
-  for (int64_t t = 0; t < shape.steps; ++t) {
+  for_each(shape.steps, states.numel() > kManyNumbers, [&](int64_t t) {
     const int64_t before = d == 0 ? t - 1 : t + 1, with_before = shape.rows_at(before);
-    for (int64_t row = 0; row < shape.rows_at(t); ++row, to += bytes)
+    for (int64_t row = 0; row < shape.rows_at(t); ++row)
       std::memcpy(
-          to,
+          at_element(states, shape.row_of(t, row) * shape.state),
           row < with_before ? at_element(out, shape.row_of(before, row) * out_row + d * shape.state)
                             : at_element(h0, (d * shape.batch + row) * shape.state),
           bytes);
-  }
+  });
   return states;
 }
 

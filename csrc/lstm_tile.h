@@ -68,8 +68,7 @@ static inline void lstm_dots(
     for (int u = 0; u < min(units, count); ++u) sums[gate * kUnits + u] += dots[0][gate * units + u];
 }
 
-// The left operand of a product, copied for a group of rows: rows a multiple of 4 kB apart would fall into the same sets
-// of the first-level cache and throw one another out.
+// The left operand of a product, copied for a group of rows unless those are spread already: see kSpread.
 struct LstmLeft {
   const void* data = nullptr;
   int64_t row = 0;
@@ -79,7 +78,8 @@ struct LstmLeft {
 
 // `to` is scratch, and is moved behind what is taken.
 static inline LstmLeft lstm_left(
-    LstmForm form, const void* from, int64_t from_row, int64_t first, int64_t rows, int64_t depth, float*& to) {
+    LstmForm form, const void* from, int64_t from_row, int64_t first, int64_t rows, int64_t depth, bool spread,
+    float*& to) {
   if (is_half(form)) {
     const LstmLeft left = lstm_left_bf16((const BFloat16*)from + first * from_row, from_row, rows, depth, to);
     to += round_up(rows, kTileRows) * left.row / 2;
@@ -93,7 +93,8 @@ static inline LstmLeft lstm_left(
     to += split_blocks(rows) * split_block(depth) / 2;
     return left;
   }
-  const int64_t row = round_up(depth, kPad) + kPad;
+  if (spread) return {(const float*)from + first * from_row, from_row};
+  const int64_t row = round_up(depth, kPad) + kSpread;
   copy_tile((const float*)from + first * from_row, from_row, rows, depth, nullptr, to, row);
   const LstmLeft left{to, row};
   to += rows * row;
@@ -165,27 +166,42 @@ static void lstm_products(
 // does not guess.
 constexpr int64_t kRowsAhead = 8;
 
-// From the products to the new states of kLanes units of one row; `unit` counts them.
+// From the products (rows, 64) to the new states of kLanes units, `count` of which exist, of rows from `row` on.
+//
+// Cell states first, then outputs: within one row the second tanh would wait for all that stands before it, and a
+// processor does not look far enough ahead to find the next row meanwhile.
 template <class Saved, class Out>
-static inline void lstm_units(const LstmForwardStep& s, int64_t row, int64_t unit, const float* products) {
-  const int64_t within = unit % kUnits, there = s.hidden - unit;
+__attribute__((always_inline)) static inline void lstm_units(
+    const LstmForwardStep& s, int64_t row, int64_t rows, int64_t unit, int64_t count, float* products) {
+  const int64_t within = unit % kUnits;
   const float* sums = s.sums ? s.sums + row * s.sums_row + unit / kUnits * s.sums_block + within : s.bias + unit;
-  const int64_t gate = s.sums ? s.sums_gate : s.hidden;
-  if (s.sums)
-    for (int g = 0; g < 4; ++g) prefetch(sums + g * gate + kRowsAhead * s.sums_row);
-  const auto sum = [&](int g) { return load(products + g * kUnits) + load_lanes(sums + g * gate, there); };
-  const Gates<vec> gates = lstm_activate(sum(0), sum(1), sum(2), sum(3));
+  const int64_t gate = s.sums ? s.sums_gate : s.hidden, sums_row = s.sums ? s.sums_row : 0;
   float* cell = s.cell + row * s.cell_row + unit;
-  const vec state = lstm_cell_state(gates, load(cell));
-  store(cell, state);
-  if (s.cells) store(s.cells + row * s.cells_row + unit, state);
-  store_lanes((Out*)s.m + row * s.m_row + unit, gates.o * tanh(state), there);
-  if (s.gates) {
-    Saved* to = (Saved*)s.gates + row * s.gates_row + (unit - within) * 4 + within;
-    store_as(to, gates.i);
-    store_as(to + kUnits, gates.f);
-    store_as(to + 2 * kUnits, gates.g);
-    store_as(to + 3 * kUnits, gates.o);
+  Saved* saved = offset((Saved*)s.gates, row * s.gates_row + (unit - within) * 4 + within);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* product = products + r * kGateColumns;
+    const auto sum = [&](int g) {
+      prefetch(sums + g * gate + kRowsAhead * sums_row);
+      return load(product + g * kUnits) + load_lanes(sums + g * gate, count);
+    };
+    const Gates<vec> gates = lstm_activate(sum(0), sum(1), sum(2), sum(3));
+    store(product, gates.o);
+    store(cell + r * s.cell_row, lstm_cell_state(gates, load(cell + r * s.cell_row)));
+    if (saved) {
+      store_as(saved, gates.i);
+      store_as(saved + kUnits, gates.f);
+      store_as(saved + 2 * kUnits, gates.g);
+      store_as(saved + 3 * kUnits, gates.o);
+      saved += s.gates_row;
+    }
+    sums += sums_row;
+  }
+  float* cells = offset(s.cells, row * s.cells_row + unit);
+  Out* m = (Out*)s.m + row * s.m_row + unit;
+  for (int64_t r = 0; r < rows; ++r) {
+    const vec state = load(cell + r * s.cell_row);
+    if (cells) store(cells + r * s.cells_row, state);
+    store_lanes(m + r * s.m_row, load(products + r * kGateColumns) * tanh(state), count);
   }
 }
 
@@ -194,15 +210,19 @@ static void lstm_forward_rows(const LstmForwardStep& s, Range blocks, float* pro
   for (int64_t row = 0; row < s.rows; row += lstm_rows(s.form)) {
     const int64_t rows = min(lstm_rows(s.form), s.rows - row);
     float* scratch = products + kLstmRows * kGateColumns;
-    const LstmLeft h = lstm_left(s.form, s.h, s.h_row, row, rows, s.state, scratch);
+    const LstmLeft h = lstm_left(s.form, s.h, s.h_row, row, rows, s.state, false, scratch);
     const LstmLeft input =
-        s.sums ? LstmLeft{} : lstm_left(s.form, s.input, s.input_row, row, rows, s.inputs, scratch);
+        s.sums ? LstmLeft{} : lstm_left(s.form, s.input, s.input_row, row, rows, s.inputs, false, scratch);
     for (int64_t i = blocks.begin; i < blocks.end; ++i) {
       const int64_t block = s.descending ? blocks.end - 1 - (i - blocks.begin) : i;
       lstm_products(s, rows, block, input, h, products, scratch);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t unit = 0; unit < kUnits; unit += kLanes)
-          lstm_units<Saved, Out>(s, row + r, block * kUnits + unit, products + r * kGateColumns + unit);
+      for (int64_t unit = 0; unit < kUnits; unit += kLanes) {
+        const int64_t first = block * kUnits + unit, there = s.hidden - first;
+        if (there >= kLanes)
+          lstm_units<Saved, Out>(s, row, rows, first, kLanes, products + unit);
+        else
+          lstm_units<Saved, Out>(s, row, rows, first, there, products + unit);
+      }
     }
   }
 }
@@ -234,27 +254,41 @@ static void lstm_product_tile(
   if (s.left) lstm_multiply(s.form, s.ahead, rows, round_up(here, kPad), s.depth, left, s.weight, panel, out, true);
 }
 
+// From dm (rows, 64) to the gradients of the sums and cells of kLanes units, `count` of which exist, of rows from `row` on.
 template <class Saved, class Sums>
-static inline void lstm_units_backward(const LstmBackwardStep& s, int64_t row, int64_t unit, vec dm) {
+__attribute__((always_inline)) static inline void lstm_units_backward(
+    const LstmBackwardStep& s, int64_t row, int64_t rows, int64_t unit, int64_t count, const float* dm) {
   const int64_t within = unit % kUnits, column = (unit - within) * 4 + within;
   const Saved* saved = (const Saved*)s.gates + row * s.gates_row + column;
-  const Gates<vec> gates{load_as(saved), load_as(saved + kUnits), load_as(saved + 2 * kUnits),
-                         load_as(saved + 3 * kUnits)};
-  for (int gate = 0; gate < 4; ++gate) prefetch(saved + gate * kUnits + kRowsAhead * s.gates_row);
-  prefetch(s.cells + (row + kRowsAhead) * s.cells_row + unit);
-  prefetch(s.previous + (row + kRowsAhead) * s.previous_row + unit);
-  const vec tanh_c = tanh(load(s.cells + row * s.cells_row + unit));
+  const float* cells = s.cells + row * s.cells_row + unit;
+  const float* previous = s.previous + row * s.previous_row + unit;
   float* dcell = s.dcell + row * s.dcell_row + unit;
-  const CellGradient<vec> grad =
-      lstm_cell_gradient(gates, load(s.previous + row * s.previous_row + unit), tanh_c, dm, load(dcell));
-  store(dcell, grad.previous);
   Sums* to = (Sums*)s.dsums + row * s.dsums_row + unit;
-  const int64_t there = s.hidden - unit;
-  store_lanes(to, grad.gates.i, there);
-  store_lanes(to + s.hidden, grad.gates.f, there);
-  store_lanes(to + 2 * s.hidden, grad.gates.g, there);
-  store_lanes(to + 3 * s.hidden, grad.gates.o, there);
-  if (s.m) store_lanes(s.m + row * s.m_row + unit, gates.o * tanh_c, s.hidden - unit);
+  float* m = offset(s.m, row * s.m_row + unit);
+  for (int64_t r = 0; r < rows; ++r) {
+    const Gates<vec> gates{load_as(saved), load_as(saved + kUnits), load_as(saved + 2 * kUnits),
+                           load_as(saved + 3 * kUnits)};
+    for (int gate = 0; gate < 4; ++gate) prefetch(saved + gate * kUnits + kRowsAhead * s.gates_row);
+    prefetch(cells + kRowsAhead * s.cells_row);
+    prefetch(previous + kRowsAhead * s.previous_row);
+    const vec tanh_c = tanh(load(cells));
+    const CellGradient<vec> grad = lstm_cell_gradient(gates, load(previous), tanh_c, load(dm), load(dcell));
+    store(dcell, grad.previous);
+    store_lanes(to, grad.gates.i, count);
+    store_lanes(to + s.hidden, grad.gates.f, count);
+    store_lanes(to + 2 * s.hidden, grad.gates.g, count);
+    store_lanes(to + 3 * s.hidden, grad.gates.o, count);
+    if (m) {
+      store_lanes(m, gates.o * tanh_c, count);
+      m += s.m_row;
+    }
+    dm += kGateColumns;
+    saved += s.gates_row;
+    cells += s.cells_row;
+    previous += s.previous_row;
+    dcell += s.dcell_row;
+    to += s.dsums_row;
+  }
 }
 
 template <class Saved, class Sums>
@@ -262,14 +296,19 @@ static void lstm_backward_rows(const LstmBackwardStep& s, Range panels, float* s
   for (int64_t row = 0; row < s.rows; row += lstm_rows(s.form)) {
     const int64_t rows = min(lstm_rows(s.form), s.rows - row);
     float* scratch = sums + kLstmRows * kGateColumns;
-    const LstmLeft left = s.left ? lstm_left(s.form, s.left, s.left_row, row, rows, s.depth, scratch) : LstmLeft{};
+    LstmLeft left;
+    if (s.left) left = lstm_left(s.form, s.left, s.left_row, row, rows, s.depth, s.spread, scratch);
     for (int64_t i = panels.begin; i < panels.end; ++i) {
       const int64_t panel = s.descending ? panels.end - 1 - (i - panels.begin) : i;
       lstm_product_tile(s, s.hidden, left, row, rows, panel, sums);
       const int64_t first = panel * kGateColumns, here = min(kGateColumns, round_up(s.hidden, kUnits) - first);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t j = 0; j < here; j += kLanes)
-          lstm_units_backward<Saved, Sums>(s, row + r, first + j, load(sums + r * kGateColumns + j));
+      for (int64_t j = 0; j < here; j += kLanes) {
+        const int64_t there = s.hidden - first - j;
+        if (there >= kLanes)
+          lstm_units_backward<Saved, Sums>(s, row, rows, first + j, kLanes, sums + j);
+        else
+          lstm_units_backward<Saved, Sums>(s, row, rows, first + j, there, sums + j);
+      }
     }
   }
 }
@@ -285,7 +324,8 @@ static void lstm_product(const LstmProduct& s, Range panels, float* sums) {
   for (int64_t row = 0; row < s.rows; row += lstm_rows(s.form)) {
     const int64_t rows = min(lstm_rows(s.form), s.rows - row);
     float* scratch = sums + kLstmRows * kGateColumns;
-    const LstmLeft left = s.left ? lstm_left(s.form, s.left, s.left_row, row, rows, s.depth, scratch) : LstmLeft{};
+    LstmLeft left;
+    if (s.left) left = lstm_left(s.form, s.left, s.left_row, row, rows, s.depth, s.spread, scratch);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       lstm_product_tile(s, s.columns, left, row, rows, panel, sums);
       const int64_t first = panel * kGateColumns, here = min(kGateColumns, s.columns - first);

@@ -27,7 +27,8 @@ bool worth_panels(const at::Tensor& left, const at::Tensor& right) {
          worth_panels(left.size(0), right.size(0), left.size(1));
 }
 
-void panel_product(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias) {
+void panel_product(
+    const at::Tensor& out, const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias, bool add) {
   const at::Tensor dense_left = dense_along_an_axis(left), dense_right = dense_along_an_axis(right);
   const at::Tensor dense_bias = bias.defined() ? bias.contiguous() : bias;
   PanelProduct p{};
@@ -37,10 +38,15 @@ void panel_product(const at::Tensor& out, const at::Tensor& left, const at::Tens
   p.out = out.data_ptr<float>();
   p.out_row = p.columns;
   if (bias.defined()) p.bias = dense_bias.const_data_ptr<float>();
+  p.add = add;
   p.around = p.left.rows * p.columns * static_cast<int64_t>(sizeof(float)) > kCacheBytes;
   const PanelKernels& k = panel_kernels();
   const int64_t count = panels(p.columns), panel = p.left.depth * kPanelColumns, threads = team_size();
-  const int64_t row_tiles = (p.left.rows + kPanelRows - 1) / kPanelRows;
+  // As many rows for each thread: of 512, 11 tiles would be 6 for one and 5 for the other of two.
+  const auto tiles_of = [&](int64_t rows) { return (p.left.rows + rows - 1) / rows; };
+  const int64_t least_tiles = tiles_of(kPanelRows);
+  p.rows = tiles_of(least_tiles > threads ? round_up(least_tiles, threads) : least_tiles);
+  const int64_t row_tiles = tiles_of(p.rows);
   Floats packed;
   if (row_tiles > 1) {
     packed = Floats(count * panel);
@@ -51,7 +57,7 @@ void panel_product(const at::Tensor& out, const at::Tensor& left, const at::Tens
   // Some tasks for each thread: columns are divided, too, where there are few rows.
   const int64_t parts = std::min(count, std::max<int64_t>(4 * threads / row_tiles, 1));
   run_tasks(row_tiles * parts, panel_scratch(p.left.depth, p.packed), [&](int64_t task, float* scratch) {
-    k.product(p, task / parts * kPanelRows, share(count, task % parts, parts), scratch);
+    k.product(p, task / parts * p.rows, share(count, task % parts, parts), scratch);
   }, threads);
 }
 

@@ -10,7 +10,9 @@ namespace fastattn {
 // Whether left (M, K) and right (N, K) have a product that is faster by panels than by torch.
 bool worth_panels(const at::Tensor& left, const at::Tensor& right);
 
-// out (M, N), contiguous, = left (M, K) right (N, K)^T, plus a bias (N) where it is defined; float32, K not 0.
-void panel_product(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias);
+// out (M, N), contiguous, = left (M, K) right (N, K)^T, plus a bias (N) where it is defined; float32, K not 0. `add`: to
+// what is in out, without a bias.
+void panel_product(
+    const at::Tensor& out, const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias, bool add = false);
 
 }  // namespace fastattn

@@ -12,15 +12,16 @@
 namespace fastattn {
 
 constexpr int64_t kPanelColumns = 64;
-// Rows of a task, a multiple of the heights of register tiles, and depth at a time: 192 kB of the left operand and 256 kB
+// Most rows of a task, a multiple of the heights of register tiles, and depth at a time: 192 kB of the left operand and 256 kB
 // of a panel stay in a second-level cache.
 constexpr int64_t kPanelRows = 48, kPanelDepth = 1024;
 
 constexpr int64_t panels(int64_t columns) { return (columns + kPanelColumns - 1) / kPanelColumns; }
 
-// Rows [first, first + kPanelRows) of out (M, N) = left times right, plus a bias (N) unless it is null.
+// Rows [first, first + rows), those that there are, of out (M, N) = left times right, plus a bias (N) unless it is null.
 struct PanelProduct {
   Operand left;
+  int64_t rows;         // of a task, at most kPanelRows
   int64_t columns;
   const float* packed;  // all panels; or null: they are made of `right`
   bool ahead;           // whether they are asked for: see asks_ahead
@@ -29,6 +30,7 @@ struct PanelProduct {
   float* out;
   int64_t out_row;
   bool around;  // whether out is written around the caches, as it is larger than they are
+  bool add;     // to what is in out
 };
 
 // Floats, as in attention_cpu.h: the rows of the left operand, their sums with one panel, and one that is made there.

@@ -19,7 +19,10 @@ static bool own_product(at::Tensor& out, const at::Tensor& left, const at::Tenso
   const bool split = can_split(left, right);
   if (!split && !worth_panels(left, right)) return false;
   if (!out.defined()) out = with_huge_pages(at::empty({left.size(0), right.size(0)}, left.options()));
-  (split ? split_product : panel_product)(out, left, right, bias);
+  if (split)
+    split_product(out, left, right, bias);
+  else
+    panel_product(out, left, right, bias);
   return true;
 }
 
@@ -30,6 +33,15 @@ at::Tensor mm(const at::Tensor& left, const at::Tensor& right) {
 
 void mm_out(at::Tensor& out, const at::Tensor& left, const at::Tensor& right) {
   if (!own_product(out, left, right.t(), {})) at::mm_out(out, left, right);
+}
+
+void add_mm(at::Tensor& out, const at::Tensor& left, const at::Tensor& right) {
+  if (!out.defined())
+    out = fastattn::mm(left, right);
+  else if (worth_panels(left, right.t()))
+    panel_product(out, left, right.t(), {}, true);
+  else
+    at::addmm_out(out, out, left, right);
 }
 
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) {

@@ -11,6 +11,9 @@ at::Tensor mm(const at::Tensor& left, const at::Tensor& right);
 // The same to `out` (M, N), contiguous and of the operands' type.
 void mm_out(at::Tensor& out, const at::Tensor& left, const at::Tensor& right);
 
+// Adds left (M, K) right (K, N) to `out` (M, N), contiguous and of their type; makes it where it is not defined.
+void add_mm(at::Tensor& out, const at::Tensor& left, const at::Tensor& right);
+
 // input (M, K) weight (N, K)^T + bias (N), likewise.
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias);
 
