@@ -10,8 +10,8 @@ struct Matrix {
 
 // ROWS x VECTORS accumulators stay in registers over the whole K loop. They start at zero and are added to C at the end:
 // sums over many keys so become sums of short sums, which round less. With each row of B, ASKED vectors are asked
-// for, `ahead_step` numbers after those before.
-template <int ROWS, int VECTORS, int ASKED>
+// for, `ahead_step` numbers after those before, to the cache of level LEVEL.
+template <int ROWS, int VECTORS, int ASKED, int LEVEL = 2>
 __attribute__((always_inline)) static inline void micro_kernel(
     int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_row, float* c, int64_t c_row,
     bool accumulate, const float* ahead, int64_t ahead_step) {
@@ -21,7 +21,7 @@ __attribute__((always_inline)) static inline void micro_kernel(
   for (int64_t k = 0; k < K; ++k) {
     vec right[VECTORS];
     for (int v = 0; v < VECTORS; ++v) right[v] = load(b + v * kLanes);
-    for (int v = 0; v < ASKED; ++v) __builtin_prefetch(ahead + v * kLanes, 0, 2);
+    for (int v = 0; v < ASKED; ++v) __builtin_prefetch(ahead + v * kLanes, 0, 4 - LEVEL);
     for (int m = 0; m < ROWS; ++m) {
       const vec left = splat(a[m * a_row]);
       for (int v = 0; v < VECTORS; ++v) sum[m][v] += left * right[v];
@@ -36,6 +36,9 @@ __attribute__((always_inline)) static inline void micro_kernel(
       store(to, accumulate ? load(to) + sum[m][v] : sum[m][v]);
     }
 }
+
+// Terms of one short sum.
+constexpr int64_t kLongestSum = 128;
 
 template <int ROWS, int VECTORS, int ASKED>
 static void micro_rows(
@@ -112,14 +115,49 @@ static void gemm_columns(
 }
 
 // STREAMED: B comes from beyond the second-level cache, and is asked for: 1.3 to 1.8 times the speed for 8 to 16 rows of
-// A and B of 4 to 16 MB on Intel's processors. See asks_ahead.
+// A and B of 4 to 16 MB on Intel's processors. See panel_reading.
 template <bool STREAMED = false>
 static void gemm(
     int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row,
     bool accumulate) {
-  constexpr int64_t longest = 128;  // terms of one short sum
-  for (int64_t k = 0; k < K; k += longest)
+  for (int64_t k = 0; k < K; k += kLongestSum)
     gemm_columns<STREAMED>(
-        M, N, min(longest, K - k), {a.data + k * a.column, a.row, a.column}, b + k * b_row, b_row, c, c_row,
+        M, N, min(kLongestSum, K - k), {a.data + k * a.column, a.row, a.column}, b + k * b_row, b_row, c, c_row,
         accumulate || k > 0);
+}
+
+// The rows of B that a block of few rows asks for.
+constexpr int64_t kNearRows = 40;
+
+// ROWS rows, at most kMaxRows, of as many columns as registers hold, over the whole K: each number of B is read once, and
+// asked for shortly before. One row alone does better without.
+template <int ROWS, int VECTORS>
+__attribute__((noinline)) static void whole_block(
+    int64_t K, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, bool accumulate) {
+  for (int64_t k = 0; k < K; k += kLongestSum)
+    micro_kernel<ROWS, VECTORS, ROWS == 1 ? 0 : VECTORS, 1>(
+        min(kLongestSum, K - k), a.data + k * a.column, a.row, a.column, b + k * b_row, b_row, c, c_row,
+        accumulate || k > 0, b + (k + kNearRows) * b_row, b_row);
+}
+
+// M rows, at most ROWS, and N columns, a multiple of kMaxVectors vectors.
+template <int ROWS>
+static inline void whole_blocks(
+    int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row,
+    bool accumulate) {
+  if constexpr (ROWS > 1)
+    if (M < ROWS) return whole_blocks<ROWS - 1>(M, N, K, a, b, b_row, c, c_row, accumulate);
+  constexpr int vectors = ROWS * kMaxVectors <= kAccumulators ? kMaxVectors : kMaxVectors / 2;
+  for (int64_t n = 0; n < N; n += vectors * kLanes)
+    whole_block<ROWS, vectors>(K, a, b + n, b_row, c + n, c_row, accumulate);
+}
+
+// A product with B as `reading` says.
+static void gemm(
+    Reading reading, int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row,
+    bool accumulate) {
+  if (reading.whole && M <= kMaxRows && N % (kMaxVectors * kLanes) == 0)
+    whole_blocks<kMaxRows>(M, N, K, a, b, b_row, c, c_row, accumulate);
+  else
+    (reading.ahead ? gemm<true> : gemm<false>)(M, N, K, a, b, b_row, c, c_row, accumulate);
 }

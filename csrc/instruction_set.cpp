@@ -112,8 +112,9 @@ const PanelKernels& panel_kernels() { return *kernels().panels; }
 
 Panels preferred_panels() { return current().load()->panels; }
 
-bool asks_ahead(int64_t bytes) {
-  return preferred_panels() != Panels::most || bytes > third_level_bytes() / 3;  // not 8 MB, but 16 of 32
+Reading panel_reading(int64_t bytes) {
+  const bool most = preferred_panels() == Panels::most;
+  return {!most || bytes > third_level_bytes() / 3, most};  // not 8 MB, but 16 of 32
 }
 
 bool has_split_products() { return current().load()->split; }

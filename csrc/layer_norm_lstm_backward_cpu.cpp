@@ -104,7 +104,7 @@ void BackwardWalk::multiply(const Part& part, int64_t t, Range rows, float* scra
   const int64_t d = part.direction, units = s.units();
   const Range mine = share(panels(s.hidden), part.member, part.members);
   LstmProduct p{};
-  p.ahead = weights_ahead(s, LstmForm::panels);
+  p.reading = weights_reading(s, LstmForm::panels);
   p.rows = rows.end - rows.begin;
   p.columns = s.hidden;
   p.depth = p.left_row = layer.columns();

@@ -88,7 +88,7 @@ void ForwardWalk::multiply(
     barrier.wait();
   }
   LstmProduct p{};
-  p.ahead = weights_ahead(s, LstmForm::panels);
+  p.reading = weights_reading(s, LstmForm::panels);
   p.rows = rows.end - rows.begin;
   p.columns = p.out_row = layer.columns();
   p.depth = p.left_row = s.hidden;

@@ -107,7 +107,7 @@ void BackwardLayer::hidden_gradient(
   p.start2_row = shape.state;
   if (!last) p.left = dsums_at(later, rows.begin, d);
   p.form = form;
-  p.ahead = weights_ahead(shape, form);
+  p.reading = weights_reading(shape, form);
   p.left_row = dsums_row;
   p.spread = true;
   p.weight = weight_h[static_cast<size_t>(d)].get();
@@ -131,7 +131,7 @@ void BackwardLayer::cell_gradient(
     s.hidden = shape.hidden;
     s.form = form;
     s.descending = t % 2 == 1;
-    s.ahead = weights_ahead(shape, form);
+    s.reading = weights_reading(shape, form);
     if (shape.projection) {
       s.left = at_row(dh, t, now.begin, d, shape.state);
       s.left_row = shape.directions * shape.state;

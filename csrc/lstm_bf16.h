@@ -7,7 +7,7 @@
 
 constexpr int64_t kTileDepth = 32, kTileRows = 16, kTileNumbers = kTileDepth * 16;
 
-// Tiles that are asked for so far ahead; in products only where asks_ahead says so.
+// Tiles that are asked for so far ahead.
 constexpr int64_t kTilesAhead = 4;
 
 static inline int64_t tiles_of(int64_t depth) { return (depth + kTileDepth - 1) / kTileDepth; }
@@ -114,9 +114,10 @@ static inline vec dot_pairs(vec sum, vec left, vec right) {
   return sum;
 }
 
-// ROWS rows of `left` times VECTORS of the four tiles of columns of a panel, added to `sums` (rows, 64).
+// ROWS rows of `left` times VECTORS of the four tiles of columns of a panel, added to `sums` (rows, 64). The tiles TILES
+// ahead, unless that is 0, are asked for to the cache of level LEVEL.
 // Not inlined: among its callers' variables GCC 12 keeps the sums in memory, at half the speed.
-template <int ROWS, int VECTORS, bool AHEAD>
+template <int ROWS, int VECTORS, int TILES, int LEVEL>
 __attribute__((noinline)) static void lstm_block_dot(
     HalfRows left, int64_t depth_tiles, const BFloat16* b, float* sums) {
   vec sum[ROWS][VECTORS];
@@ -128,7 +129,7 @@ __attribute__((noinline)) static void lstm_block_dot(
       for (int v = 0; v < VECTORS; ++v) {
         const BFloat16* from = b + v * kTileNumbers + pair * 2 * kLanes;
         __builtin_memcpy(&right[v], from, sizeof(vec));
-        if constexpr (AHEAD && ROWS >= 4) __builtin_prefetch(from + kTilesAhead * 4 * kTileNumbers, 0, 2);
+        if constexpr (TILES > 0 && ROWS >= 4) __builtin_prefetch(from + TILES * 4 * kTileNumbers, 0, 4 - LEVEL);
       }
       for (int r = 0; r < ROWS; ++r) {
         float both;
@@ -142,19 +143,19 @@ __attribute__((noinline)) static void lstm_block_dot(
 }
 
 // The same for `rows` rows, at most ROWS, and all four tiles.
-template <int ROWS, bool AHEAD>
+template <int ROWS, int TILES, int LEVEL>
 static inline void lstm_rows_dot(
     int64_t rows, HalfRows left, int64_t depth_tiles, const BFloat16* panel, float* sums) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS) return lstm_rows_dot<ROWS - 1, AHEAD>(rows, left, depth_tiles, panel, sums);
+    if (rows < ROWS) return lstm_rows_dot<ROWS - 1, TILES, LEVEL>(rows, left, depth_tiles, panel, sums);
   constexpr int vectors = ROWS * 4 <= kAccumulators ? 4 : 2;
   for (int v = 0; v < 4; v += vectors)
-    lstm_block_dot<ROWS, vectors, AHEAD>(left, depth_tiles, panel + v * kTileNumbers, sums + v * kLanes);
+    lstm_block_dot<ROWS, vectors, TILES, LEVEL>(left, depth_tiles, panel + v * kTileNumbers, sums + v * kLanes);
 }
 
 // sums (rows rounded up to 16, 64) += left (rows, K) times one panel.
 static void lstm_multiply_bf16(
-    LstmForm form, bool ahead, int64_t rows, LstmLeft left, int64_t depth, const BFloat16* panel, float* sums) {
+    LstmForm form, Reading reading, int64_t rows, LstmLeft left, int64_t depth, const BFloat16* panel, float* sums) {
   const int64_t depth_tiles = tiles_of(depth);
   const auto from = [&](int64_t row) { return HalfRows{(const BFloat16*)left.data + row * left.row, left.row}; };
   int64_t row = 0;
@@ -162,9 +163,11 @@ static void lstm_multiply_bf16(
     // As few blocks as can be, of about the same height.
     constexpr int most = 12;
     const int64_t blocks = (rows + most - 1) / most;
+    const auto product = reading.whole && blocks == 1 ? lstm_rows_dot<most, 1, 1>
+                         : reading.ahead              ? lstm_rows_dot<most, kTilesAhead, 2>
+                                                      : lstm_rows_dot<most, 0, 2>;
     for (int64_t i = 0; i < blocks; ++i) {
       row = rows * i / blocks;
-      const auto product = ahead ? lstm_rows_dot<most, true> : lstm_rows_dot<most, false>;
       product(rows * (i + 1) / blocks - row, from(row), depth_tiles, panel, sums + row * kGateColumns);
     }
     return;
@@ -184,6 +187,6 @@ static void lstm_multiply_bf16(
 static void lstm_pack_gates_bf16(const void*, int64_t, int64_t, int64_t, void*) { __builtin_trap(); }
 static void lstm_pack_columns_bf16(const void*, int64_t, int64_t, int64_t, void*) { __builtin_trap(); }
 static inline LstmLeft lstm_left_bf16(const BFloat16*, int64_t, int64_t, int64_t, float*) { __builtin_trap(); }
-static void lstm_multiply_bf16(LstmForm, bool, int64_t, LstmLeft, int64_t, const BFloat16*, float*) { __builtin_trap(); }
+static void lstm_multiply_bf16(LstmForm, Reading, int64_t, LstmLeft, int64_t, const BFloat16*, float*) { __builtin_trap(); }
 
 #endif

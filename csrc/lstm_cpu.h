@@ -47,7 +47,7 @@ constexpr int64_t lstm_bf16_panel(int64_t depth) { return round_up(depth, 32) * 
 struct LstmForwardStep {
   int64_t rows, inputs, hidden, state;  // state is P
   bool descending;        // the last block first
-  bool ahead;             // whether weights are asked for: see asks_ahead
+  Reading reading;        // how weights are read
   LstmForm form;
   const float* sums;      // W_ih x + b, gate g of block b at sums_gate * g + sums_block * b; null: computed here
   const void* input;      // (rows, I), bfloat16 where the form is that
@@ -72,7 +72,7 @@ constexpr int64_t kSpread = kPad;
 struct LstmBackwardStep {
   int64_t rows, hidden;
   bool descending;       // the last panel first
-  bool ahead;            // as above
+  Reading reading;       // as above
   LstmForm form;
   // dm = start + product, `depth` long: without a projection start is the gradient of the output, and the product that
   // of the later step's sums with W_hh; with one, start is null and the product that of dh with W_hr.
@@ -95,7 +95,7 @@ struct LstmBackwardStep {
 // out (rows, columns) = start + start2 + left (rows, depth) times a matrix in panels of 64 columns.
 struct LstmProduct {
   int64_t rows, columns, depth;
-  bool ahead;           // as above
+  Reading reading;      // as above
   const float* start;   // (rows, columns), or null
   const float* start2;  // likewise
   LstmForm form;

@@ -121,7 +121,7 @@ void ForwardLayer::own_sums(const Part& part, Range rows, int64_t to_row, float*
   const Direction& own = directions[static_cast<size_t>(part.direction)];
   LstmProduct p{};
   p.form = form;
-  p.ahead = weights_ahead(shape, form);
+  p.reading = weights_reading(shape, form);
   p.rows = rows.end - rows.begin;
   p.columns = p.out_row = 4 * shape.units();
   p.depth = p.left_row = shape.inputs;
@@ -141,7 +141,7 @@ void ForwardLayer::step(
   LstmForwardStep s{};
   s.rows = rows.end - rows.begin;
   s.descending = t % 2 == 1;
-  s.ahead = weights_ahead(shape, form);
+  s.reading = weights_reading(shape, form);
   s.inputs = shape.inputs;
   s.hidden = shape.hidden;
   s.state = shape.state;
@@ -179,7 +179,7 @@ void ForwardLayer::step(
 void ForwardLayer::project(const Part& part, int64_t t, Range rows, float* scratch) const {
   const int64_t d = part.direction, row = shape.row_of(t, rows.begin);
   LstmProduct p{};
-  p.ahead = weights_ahead(shape, form);
+  p.reading = weights_reading(shape, form);
   p.rows = rows.end - rows.begin;
   p.columns = shape.state;
   p.depth = p.left_row = shape.hidden;

@@ -66,9 +66,9 @@ inline int64_t weight_bytes(const LstmShape& shape) {
   return 4 * shape.hidden * (shape.inputs + shape.state) * static_cast<int64_t>(sizeof(float));
 }
 
-// Whether a step asks for the weights ahead, of float32 or of the form's type.
-inline bool weights_ahead(const LstmShape& shape, LstmForm form) {
-  return asks_ahead(weight_bytes(shape) / (is_half(form) ? 2 : 1));
+// How a step reads the weights, of float32 or of the form's type.
+inline Reading weights_reading(const LstmShape& shape, LstmForm form) {
+  return panel_reading(weight_bytes(shape) / (is_half(form) ? 2 : 1));
 }
 
 // Rows of a group that fill register tiles, and rows that are worth reading all weights for in each step.

@@ -109,21 +109,20 @@ static void lstm_clear(int64_t rows, float* sums) {
 // sums (rows, 64) = or += left (rows, depth) times one panel of the weights; `columns` of it, a multiple of kPad, are
 // there.
 static void lstm_multiply(
-    LstmForm form, bool ahead, int64_t rows, int64_t columns, int64_t depth, LstmLeft left, const void* weight,
+    LstmForm form, Reading reading, int64_t rows, int64_t columns, int64_t depth, LstmLeft left, const void* weight,
     int64_t panel, float* sums, bool add) {
   if (is_half(form)) {
     if (!add) lstm_clear(rows, sums);
     const BFloat16* from = (const BFloat16*)weight + panel * lstm_bf16_panel(depth);
-    return lstm_multiply_bf16(form, ahead, rows, left, depth, from, sums);
+    return lstm_multiply_bf16(form, reading, rows, left, depth, from, sums);
   }
   if (form == LstmForm::split) {
     const uint16_t* from = (const uint16_t*)weight + panel * 2 * split_block(depth);
     return split_gemm(
         {rows, columns, depth, (const uint16_t*)left.data, from, sums, kGateColumns}, add);
   }
-  const auto product = ahead ? gemm<true> : gemm<false>;
-  product(rows, columns, depth, {(const float*)left.data, left.row, 1},
-          (const float*)weight + panel * depth * kGateColumns, kGateColumns, sums, kGateColumns, add);
+  gemm(reading, rows, columns, depth, {(const float*)left.data, left.row, 1},
+       (const float*)weight + panel * depth * kGateColumns, kGateColumns, sums, kGateColumns, add);
 }
 
 // sums (rows, 64) += left times the gates of one block, from W (4H, K) as it is; `panel` is scratch for (K, 64).
@@ -158,8 +157,8 @@ static void lstm_products(
     if (!s.sums) add(s.inputs, input, s.weight_x);
     return add(s.state, h, s.weight_h);
   }
-  lstm_multiply(s.form, s.ahead, rows, kGateColumns, s.state, h, s.weight_h, block, products, false);
-  if (!s.sums) lstm_multiply(s.form, s.ahead, rows, kGateColumns, s.inputs, input, s.weight_x, block, products, true);
+  lstm_multiply(s.form, s.reading, rows, kGateColumns, s.state, h, s.weight_h, block, products, false);
+  if (!s.sums) lstm_multiply(s.form, s.reading, rows, kGateColumns, s.inputs, input, s.weight_x, block, products, true);
 }
 
 // What comes from memory for the state of a row is asked for so many rows ahead: lines far apart, which the processor
@@ -251,7 +250,7 @@ static void lstm_product_tile(
       store(to + j, sum);
     }
   }
-  if (s.left) lstm_multiply(s.form, s.ahead, rows, round_up(here, kPad), s.depth, left, s.weight, panel, out, true);
+  if (s.left) lstm_multiply(s.form, s.reading, rows, round_up(here, kPad), s.depth, left, s.weight, panel, out, true);
 }
 
 // From dm (rows, 64) to the gradients of the sums and cells of kLanes units, `count` of which exist, of rows from `row` on.

@@ -52,7 +52,7 @@ void panel_product(
     packed = Floats(count * panel);
     run_tasks(count, 0, [&](int64_t task, float*) { k.pack(p.right, task, packed + task * panel); }, threads);
     p.packed = packed.get();
-    p.ahead = asks_ahead(count * panel * static_cast<int64_t>(sizeof(float)));
+    p.reading = panel_reading(count * panel * static_cast<int64_t>(sizeof(float)));
   }
   // Some tasks for each thread: columns are divided, too, where there are few rows.
   const int64_t parts = std::min(count, std::max<int64_t>(4 * threads / row_tiles, 1));

@@ -18,13 +18,19 @@ constexpr int64_t kPanelRows = 48, kPanelDepth = 1024;
 
 constexpr int64_t panels(int64_t columns) { return (columns + kPanelColumns - 1) / kPanelColumns; }
 
+// How the rows of packed operands come from beyond the second-level cache.
+struct Reading {
+  bool ahead;  // each block asks for a part of the rows that follow its own
+  bool whole;  // few rows of the left operand, up to 12, are one block over the whole depth, which asks for its own
+};
+
 // Rows [first, first + rows), those that there are, of out (M, N) = left times right, plus a bias (N) unless it is null.
 struct PanelProduct {
   Operand left;
   int64_t rows;         // of a task, at most kPanelRows
   int64_t columns;
   const float* packed;  // all panels; or null: they are made of `right`
-  bool ahead;           // whether they are asked for: see asks_ahead
+  Reading reading;
   Operand right;        // the transpose (N, K)
   const float* bias;
   float* out;
@@ -54,9 +60,9 @@ enum class Panels { none, large, most };
 
 Panels preferred_panels();
 
-// Whether packed operands of so many bytes are asked for before they are used. Zen 5 does well without where they fit
-// into its third-level cache: asking for them takes 1.05 to 1.35 times as long for 4 to 8 rows of the left operand, 1.02
-// for 32; for larger ones 0.9.
-bool asks_ahead(int64_t bytes);
+// How packed operands of so many bytes are read. Zen 5 does well without asking where they fit into its third-level cache:
+// that takes 1.02 times as long for 32 rows of the left operand; for larger ones 0.9. Whole blocks of 1 to 8 rows take 0.94
+// to 0.97 of the time of a step of 512 units there, 0.78 to 0.91 of 1,024; on other processors they are not measured.
+Reading panel_reading(int64_t bytes);
 
 }  // namespace fastattn

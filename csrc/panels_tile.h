@@ -86,8 +86,8 @@ static void panel_rows(const PanelProduct& p, int64_t first, Range panels, float
       } else {
         panel_part(p.right, panel, k, here, right_part);
       }
-      const auto product = as_it_is || p.ahead ? gemm<true> : gemm<false>;
-      product(rows, round_up(columns, kPad), here, left, right, right_row, sums, kPanelColumns, false);
+      const Reading reading = as_it_is ? Reading{true, false} : p.reading;
+      gemm(reading, rows, round_up(columns, kPad), here, left, right, right_row, sums, kPanelColumns, false);
       float* to = p.out + first * p.out_row + column;
       if (p.add || k > 0)
         add_tile(sums, kPanelColumns, rows, columns, to, p.out_row);
