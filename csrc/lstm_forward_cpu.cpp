@@ -55,10 +55,10 @@ constexpr int64_t kRowsOfSums = 192;
 // Rows of a single step up to which packing the weights costs more than it gains.
 constexpr int64_t kFewRows = 64;
 
-// Steps of a single row up to which it does, where the weights are large. On Zen 5 a step of 512 units takes 21.5 us with
-// packed weights and 28.2 without, one of 1,024 units 0.95 of the time: packing is worth 50 to 150 steps. On Intel's
-// processors it gained nothing: 1.05 to 1.4 times the time for 100 to 10 steps.
-bool few_steps(int64_t steps) { return preferred_panels() != Panels::most || steps < 128; }
+// Steps of a single row up to which it does, where the weights are large. On Zen 5 a layer of 512 or 1,024 units takes as
+// long at 33 steps, 0.82 to 0.91 of the time at 64 and 100. On Intel's processors packing gained nothing: 1.05 to 1.4
+// times the time for 100 to 10 steps.
+bool few_steps(int64_t steps) { return preferred_panels() != Panels::most || steps < 40; }
 
 LstmForm forward_form(const LstmShape& shape, const LstmArgs& args) {
   // Measured: from so many rows on splitting gains; weights from the third-level cache have half as many bytes again.
