@@ -76,7 +76,7 @@ BackwardLayer::BackwardLayer(
   if (grad.h_n) grad_h_n = dense_float(*grad.h_n);
   dcell = grad.c_n ? padded_state(*grad.c_n, s.units()) : at::zeros({s.directions, s.batch, s.units()}, floats);
   const int64_t columns = s.directions * 4 * s.hidden;
-  dsums_row = columns + (form == LstmForm::panels ? kSpread : 0);
+  dsums_row = columns + (form == LstmForm::panels && recurrent() ? kSpread : 0);
   dsums = with_huge_pages(at::empty({s.rows, dsums_row}, is_half(form) ? args.input.options() : floats))
               .narrow(1, 0, columns);
   dh0 = grad.h_n ? grad_h_n.clone() : at::zeros({s.directions, s.batch, s.state}, floats);
