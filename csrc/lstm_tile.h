@@ -253,7 +253,8 @@ static void lstm_product_tile(
   if (s.left) lstm_multiply(s.form, s.reading, rows, round_up(here, kPad), s.depth, left, s.weight, panel, out, true);
 }
 
-// From dm (rows, 64) to the gradients of the sums and cells of kLanes units, `count` of which exist, of rows from `row` on.
+// From dm (rows, 64) to the gradients of the sums and cells of kLanes units, `count` of which exist, of rows from `row`
+// on.
 template <class Saved, class Sums>
 __attribute__((always_inline)) static inline void lstm_units_backward(
     const LstmBackwardStep& s, int64_t row, int64_t rows, int64_t unit, int64_t count, const float* dm) {

@@ -12,8 +12,8 @@
 namespace fastattn {
 
 constexpr int64_t kPanelColumns = 64;
-// Most rows of a task, a multiple of the heights of register tiles, and depth at a time: 192 kB of the left operand and 256 kB
-// of a panel stay in a second-level cache.
+// Most rows of a task, a multiple of the heights of register tiles, and depth at a time: 192 kB of the left operand and
+// 256 kB of a panel stay in a second-level cache.
 constexpr int64_t kPanelRows = 48, kPanelDepth = 1024;
 
 constexpr int64_t panels(int64_t columns) { return (columns + kPanelColumns - 1) / kPanelColumns; }
@@ -36,7 +36,7 @@ struct PanelProduct {
   float* out;
   int64_t out_row;
   bool around;  // whether out is written around the caches, as it is larger than they are
-  bool add;     // to what is in out
+  bool add;     // whether it is added to what is in out
 };
 
 // Floats, as in attention_cpu.h: the rows of the left operand, their sums with one panel, and one that is made there.

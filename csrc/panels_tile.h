@@ -70,7 +70,8 @@ static void panel_rows(const PanelProduct& p, int64_t first, Range panels, float
   float *sums = scratch, *left_part = scratch + kPanelRows * kPanelColumns;
   float* right_part = left_part + kPanelRows * (min(depth, kPanelDepth) + 2 * kPad);
   const bool as_it_is = !p.packed && p.right.row == 1 && p.columns % kPad == 0;  // whole vectors of columns
-  const bool around = p.around && !p.add && depth <= kPanelDepth && p.out_row % kLanes == 0 && (uintptr_t)p.out % sizeof(vec) == 0;
+  const bool whole_vectors = p.out_row % kLanes == 0 && (uintptr_t)p.out % sizeof(vec) == 0;
+  const bool around = p.around && !p.add && depth <= kPanelDepth && whole_vectors;
   for (int64_t k = 0; k < depth; k += kPanelDepth) {
     const int64_t here = min(kPanelDepth, depth - k);
     const Matrix left = panel_left(p.left, first, rows, k, here, left_part);
