@@ -29,8 +29,8 @@ from fastattn.profiling.timing import synchronize
 RESULTS = Path(__file__).parent / "results"
 OURS = "fastattn"
 LEAST_ROUNDS, MOST_ROUNDS = 3, 50
-# So many rounds where they take 10 seconds at most: a virtual machine may lend a process memory that its host has yet
-# to find, at 3 ms for 2 MB, and of three samples one such is too many.
+# So many rounds where they take 10 seconds at most: a training that met its memory for the first time spent 331 ms in
+# the system, the next ones 24 to 48, and of three samples one such is too many.
 ENOUGH_ROUNDS, ENOUGH_SECONDS = 7, 10.0
 # A sample on a GPU is at least this long, so that reading the clock and waiting do not count.
 _GPU_SAMPLE_SECONDS = 0.002

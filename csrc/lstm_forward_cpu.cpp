@@ -56,7 +56,7 @@ constexpr int64_t kRowsOfSums = 192;
 constexpr int64_t kFewRows = 64;
 
 // Steps of a single row up to which it does, where the weights are large. On Zen 5 a layer of 512 or 1,024 units takes as
-// long at 33 steps, 0.82 to 0.91 of the time at 64 and 100. On Intel's processors packing gained nothing: 1.05 to 1.4
+// long at 33 steps, 0.73 to 0.91 of the time at 64 and 100. On Intel's processors packing gained nothing: 1.05 to 1.4
 // times the time for 100 to 10 steps.
 bool few_steps(int64_t steps) { return preferred_panels() != Panels::most || steps < 40; }
 
