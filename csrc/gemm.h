@@ -156,7 +156,7 @@ static inline void whole_blocks(
 static void gemm(
     Reading reading, int64_t M, int64_t N, int64_t K, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row,
     bool accumulate) {
-  if (reading.whole && M > 0 && M <= kMaxRows && N % (kMaxVectors * kLanes) == 0)
+  if (M > 0 && M <= min(reading.whole, kMaxRows) && N % (kMaxVectors * kLanes) == 0)
     whole_blocks<kMaxRows>(M, N, K, a, b, b_row, c, c_row, accumulate);
   else
     (reading.ahead ? gemm<true> : gemm<false>)(M, N, K, a, b, b_row, c, c_row, accumulate);

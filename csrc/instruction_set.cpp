@@ -114,7 +114,7 @@ Panels preferred_panels() { return current().load()->panels; }
 
 Reading panel_reading(int64_t bytes) {
   const bool most = preferred_panels() == Panels::most;
-  return {!most || bytes > third_level_bytes() / 3, most};  // not 8 MB, but 16 of 32
+  return {!most || bytes > third_level_bytes() / 3, most ? 12 : preferred_panels() == Panels::large ? 1 : 0};  // not 8 MB, but 16 of 32
 }
 
 bool has_split_products() { return current().load()->split; }

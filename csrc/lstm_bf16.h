@@ -163,7 +163,7 @@ static void lstm_multiply_bf16(
     // As few blocks as can be, of about the same height.
     constexpr int most = 12;
     const int64_t blocks = (rows + most - 1) / most;
-    const auto product = reading.whole && blocks == 1 ? lstm_rows_dot<most, 1, 1>
+    const auto product = rows <= reading.whole ? lstm_rows_dot<most, 1, 1>
                          : reading.ahead              ? lstm_rows_dot<most, kTilesAhead, 2>
                                                       : lstm_rows_dot<most, 0, 2>;
     for (int64_t i = 0; i < blocks; ++i) {

@@ -20,7 +20,7 @@ static_assert(kGateColumns == kPanelColumns);  // panels_tile.h packs them
 // How a product is made, and so what its operands are.
 enum class LstmForm : uint8_t {
   panels,  // float32, weights packed into panels
-  rows,    // float32, weights as the user has them, of their type below kRowsWorthPacking; forward only, for few rows
+  rows,    // float32, weights as the user has them, of their type; forward only, for few rows
   split,   // float32 by split_cpu.h: right operands, the panel of 64 columns two blocks of them
   dots,    // bfloat16 with float32 sums, panels of lstm_bf16.h, by VDPBF16PS
   tiles,   // the same by AMX
@@ -37,7 +37,7 @@ constexpr int64_t lstm_rows(LstmForm form) {
 }
 
 // Rows of a step below which dot products along the rows of W beat packing a block of it into a panel.
-constexpr int64_t kRowsWorthPacking = 12;
+constexpr int64_t kRowsWorthPacking = 17;
 
 // Numbers of a panel (K, 64) of bfloat16, K rounded up to 32.
 constexpr int64_t lstm_bf16_panel(int64_t depth) { return round_up(depth, 32) * kGateColumns; }

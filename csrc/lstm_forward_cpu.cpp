@@ -58,7 +58,7 @@ constexpr int64_t kFewRows = 64;
 // Steps of a single row up to which it does, where the weights are large. On Zen 5 a layer of 512 or 1,024 units takes as
 // long at 33 steps, 0.73 to 0.91 of the time at 64 and 100. On Intel's processors packing gained nothing: 1.05 to 1.4
 // times the time for 100 to 10 steps.
-bool few_steps(int64_t steps) { return preferred_panels() != Panels::most || steps < 40; }
+bool few_steps(int64_t steps) { return preferred_panels() == Panels::none || steps < 40; }
 
 LstmForm forward_form(const LstmShape& shape, const LstmArgs& args) {
   // Measured: from so many rows on splitting gains; weights from the third-level cache have half as many bytes again.
@@ -66,7 +66,7 @@ LstmForm forward_form(const LstmShape& shape, const LstmArgs& args) {
   const bool few = shape.steps == 1 ? shape.rows <= kFewRows
                                     : shape.batch == 1 && weight_bytes(shape) > kCacheBytes && few_steps(shape.steps);
   // In bfloat16, as they are and packed, against torch: 1.58 and 0.56 with one row, 0.64 and 0.70 with eight.
-  const bool fewest = shape.steps == 1 && shape.rows <= 4;
+  const bool fewest = shape.steps == 1 && shape.rows <= 8;
   return (form == LstmForm::panels && few) || (is_half(form) && fewest) ? LstmForm::rows : form;
 }
 
@@ -90,9 +90,6 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
   const bool first = is_half(form) ? s.steps > 1 && s.batch < kRowsOfATile : input_product_first(s);
   if (first && (is_half(form) || (form == LstmForm::panels && preferred_panels() != Panels::none)))
     ahead = std::min(s.steps, std::max<int64_t>(kRowsOfSums / std::max<int64_t>(s.batch, 1), 1));
-  const auto as_it_is = [&](const at::Tensor& weight) {
-    return s.batch < kRowsWorthPacking ? weight.contiguous() : dense_float(weight);
-  };
   for (int64_t d = 0; d < s.directions; ++d) {
     const at::Tensor* weight = args.weights.data() + d * s.weights_per_direction();
     Direction& one = directions.emplace_back();
@@ -105,11 +102,11 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
     if (ahead == 0 && first)
       one.sums = linear(input, dense_float(weight[0]), one.bias);
     else if (form == LstmForm::rows)
-      one.rows_x = as_it_is(weight[0]);
+      one.rows_x = weight[0].contiguous();
     else
       one.weight_x = pack_gates(weight[0], s.hidden, form);
     if (form == LstmForm::rows)
-      one.rows_h = as_it_is(weight[1]);
+      one.rows_h = weight[1].contiguous();
     else
       one.weight_h = pack_gates(weight[1], s.hidden, form);
   }

@@ -29,45 +29,6 @@ static inline void store_lanes(BFloat16* p, vec v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) from_float(v[i], p + i);
 }
 
-// Adds to sums[gate * 16 + u] the product of `left` (K) with the row of W (4H, K) that holds that gate of unit u, for
-// kLanes / 4 units: dot products along the lanes, turned round at the end. `count` of the units exist. Asking for
-// the rows that follow, of the next gate, takes 0.92 to 0.95 of the time for 512 units.
-template <class T>
-static inline void lstm_dots(
-    int64_t depth, const float* left, const T* weight, int64_t gate_step, int64_t count, float* sums) {
-  constexpr int units = kLanes / 4;
-  vec dots[kLanes];
-  for (int gate = 0; gate < 4; ++gate) {
-    const T* rows[units];
-    for (int u = 0; u < units; ++u)  // one that does not exist repeats the last one, and goes nowhere
-      rows[u] = weight + gate * gate_step + min(u, count - 1) * depth;
-    const int64_t next = gate < 3 ? gate_step : units * depth - 3 * gate_step;  // the rows after these
-    vec parts[units][4] = {};
-    int64_t k = 0;
-    for (; k + 4 * kLanes <= depth; k += 4 * kLanes)
-      for (int v = 0; v < 4; ++v) {
-        const vec l = load(left + k + v * kLanes);
-        for (int u = 0; u < units; ++u) {
-          parts[u][v] += l * load_as(rows[u] + k + v * kLanes);
-          if (v * kLanes * sizeof(T) % 64 == 0) prefetch(rows[u] + next + k + v * kLanes);
-        }
-      }
-    for (; k < depth; k += kLanes) {
-      const vec l = load_lanes(left + k, depth - k);
-      for (int u = 0; u < units; ++u) {
-        float last[kLanes] = {};
-        for (int64_t i = 0; i < min(kLanes, depth - k); ++i) last[i] = to_float(rows[u][k + i]);
-        parts[u][0] += l * load(last);
-      }
-    }
-    for (int u = 0; u < units; ++u) dots[gate * units + u] = (parts[u][0] + parts[u][1]) + (parts[u][2] + parts[u][3]);
-  }
-  transpose(dots);
-  for (int i = 1; i < kLanes; ++i) dots[0] += dots[i];
-  for (int gate = 0; gate < 4; ++gate)
-    for (int u = 0; u < min(units, count); ++u) sums[gate * kUnits + u] += dots[0][gate * units + u];
-}
-
 // The left operand of a product, copied for a group of rows unless those are spread already: see kSpread.
 struct LstmLeft {
   const void* data = nullptr;
@@ -125,37 +86,118 @@ static void lstm_multiply(
        (const float*)weight + panel * depth * kGateColumns, kGateColumns, sums, kGateColumns, add);
 }
 
-// sums (rows, 64) += left times the gates of one block, from W (4H, K) as it is; `panel` is scratch for (K, 64).
-// From kRowsWorthPacking rows on W is float32.
-static void lstm_rows_of_weight(
-    int64_t rows, int64_t depth, LstmLeft left, Type type, const void* weights, int64_t hidden, int64_t block,
-    float* sums, float* panel) {
-  const float* from = (const float*)left.data;
-  if (rows >= kRowsWorthPacking) {
-    lstm_pack_gates((const float*)weights, depth, hidden, depth, block, panel);
-    return gemm(rows, kGateColumns, depth, {from, left.row, 1}, panel, kGateColumns, sums, kGateColumns, true);
+// One of the products of a step where W (4H, K) is read as it is.
+struct LstmRowsOperand {
+  LstmLeft left;
+  const void* weight;
+  int64_t depth;
+};
+
+// Units whose rows of W, of one gate, are read at a time, and rows of the left operand that share them.
+constexpr int kDotUnits = kLanes / 4, kDotRows = 4;
+
+// sums[row][gate][u] = the sum of the products of `left` with the rows of W that hold that gate of unit u, for ROWS rows
+// and kDotUnits units from `first` on, `there` of which exist: dot products along the lanes, added up at the end. Asking
+// for the rows of W that follow, of the next gate, takes 0.92 to 0.95 of the time for one row and 512 units.
+//
+// Not inlined: among its callers' variables GCC 12 keeps the sums in memory.
+template <int ROWS, class T>
+__attribute__((noinline)) static void lstm_dots(
+    const LstmRowsOperand* operands, int64_t count, int64_t row, int64_t hidden, int64_t first, int64_t there,
+    float* sums) {
+  constexpr int parts = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;  // enough sums for the latency of one, whatever the rows
+  constexpr int gates = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;  // whose sums are added up together
+  for (int gate = 0; gate < 4; gate += gates) {
+    vec dots[kLanes] = {};
+    for (int g = 0; g < gates; ++g) {
+      vec* own = dots + g * ROWS * kDotUnits;
+      vec sum[parts][ROWS][kDotUnits] = {};
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t depth = operands[j].depth, left_row = operands[j].left.row;
+        const float* left = (const float*)operands[j].left.data + row * left_row;
+        const T* rows[kDotUnits];  // one that does not exist repeats the last, and goes nowhere
+        for (int u = 0; u < kDotUnits; ++u)
+          rows[u] = (const T*)operands[j].weight + ((gate + g) * hidden + first + min(u, there - 1)) * depth;
+        const int64_t next = (gate + g < 3 ? hidden : kDotUnits - 3 * hidden) * depth;  // the rows after these
+        int64_t k = 0;
+        for (; k + parts * kLanes <= depth; k += parts * kLanes)
+          for (int part = 0; part < parts; ++part) {
+            const int64_t at = k + part * kLanes;
+            vec right[kDotUnits];
+            for (int u = 0; u < kDotUnits; ++u) {
+              right[u] = load_as(rows[u] + at);
+              if (ROWS == 1 && part * kLanes * sizeof(T) % 64 == 0) prefetch(rows[u] + next + at);
+              if (ROWS > 1) keep(right[u]);
+            }
+            for (int r = 0; r < ROWS; ++r) {
+              const vec l = load(left + r * left_row + at);
+              for (int u = 0; u < kDotUnits; ++u) sum[part][r][u] += l * right[u];
+            }
+          }
+        for (; k < depth; k += kLanes)
+          for (int u = 0; u < kDotUnits; ++u) {
+            float last[kLanes] = {};
+            for (int64_t i = 0; i < min(kLanes, depth - k); ++i) last[i] = to_float(rows[u][k + i]);
+            const vec right = load(last);
+            for (int r = 0; r < ROWS; ++r) own[r * kDotUnits + u] += load_lanes(left + r * left_row + k, depth - k) * right;
+          }
+      }
+      for (int r = 0; r < ROWS; ++r)
+        for (int u = 0; u < kDotUnits; ++u)
+          for (int part = 0; part < parts; ++part) own[r * kDotUnits + u] += sum[part][r][u];
+    }
+    const vec all = sum_rows(dots);
+    for (int g = 0; g < gates; ++g)
+      for (int r = 0; r < ROWS; ++r)
+        for (int u = 0; u < kDotUnits; ++u)
+          sums[(row + r) * kGateColumns + (gate + g) * kUnits + u] = all[(g * ROWS + r) * kDotUnits + u];
   }
-  const int64_t first = block * kUnits, there = min(kUnits, hidden - first);
-  with_saved_type(type, [&](auto* weight) {
-    weight = (__typeof__(weight))weights;
-    for (int64_t unit = 0; unit < there; unit += kLanes / 4)
-      for (int64_t row = 0; row < rows; ++row)
-        lstm_dots(
-            depth, from + row * left.row, weight + (first + unit) * depth, hidden * depth, there - unit,
-            sums + row * kGateColumns + unit);
-  });
+}
+
+template <int ROWS, class T>
+static inline void lstm_dots_of(
+    int64_t rows, const LstmRowsOperand* operands, int64_t count, int64_t row, int64_t hidden, int64_t first,
+    int64_t there, float* sums) {
+  if constexpr (ROWS > 1)
+    if (rows < ROWS) return lstm_dots_of<ROWS - 1, T>(rows, operands, count, row, hidden, first, there, sums);
+  lstm_dots<ROWS, T>(operands, count, row, hidden, first, there, sums);
+}
+
+// sums (rows, 64) = the sum of the products with the gates of one block; `panel` is scratch for (K, 64).
+template <class T>
+static void lstm_rows_of_weight(
+    int64_t rows, const LstmRowsOperand* operands, int64_t count, int64_t hidden, int64_t block, float* sums,
+    float* panel) {
+  if constexpr (sizeof(T) == sizeof(float))
+    if (rows >= kRowsWorthPacking) {
+      for (int64_t j = 0; j < count; ++j) {
+        const LstmRowsOperand& o = operands[j];
+        lstm_pack_gates((const float*)o.weight, o.depth, hidden, o.depth, block, panel);
+        gemm(rows, kGateColumns, o.depth, {(const float*)o.left.data, o.left.row, 1}, panel, kGateColumns, sums,
+             kGateColumns, j > 0);
+      }
+      return;
+    }
+  const int64_t parts = (rows + kDotRows - 1) / kDotRows, first = block * kUnits, there = min(kUnits, hidden - first);
+  for (int64_t unit = 0; unit < there; unit += kDotUnits)
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t row = rows * i / parts;
+      lstm_dots_of<kDotRows, T>(
+          rows * (i + 1) / parts - row, operands, count, row, hidden, first + unit, min(kDotUnits, there - unit),
+          sums + unit);
+    }
+  for (int64_t i = 0; i < (there < kUnits ? 4 * rows : 0); ++i)
+    for (int64_t unit = there; unit < kUnits; ++unit) sums[i * kUnits + unit] = 0.0f;
 }
 
 // W_hh h, and W_ih x where that is not among s.sums, of rows [row, row + rows) for one block, to the scratch (rows, 64).
 static void lstm_products(
     const LstmForwardStep& s, int64_t rows, int64_t block, LstmLeft input, LstmLeft h, float* products, float* panel) {
   if (s.form == LstmForm::rows) {
-    lstm_clear(rows, products);
-    const auto add = [&](int64_t depth, LstmLeft left, const void* weight) {
-      lstm_rows_of_weight(rows, depth, left, s.weight_type, weight, s.hidden, block, products, panel);
-    };
-    if (!s.sums) add(s.inputs, input, s.weight_x);
-    return add(s.state, h, s.weight_h);
+    const LstmRowsOperand operands[] = {{h, s.weight_h, s.state}, {input, s.weight_x, s.inputs}};
+    return with_saved_type(s.weight_type, [&](auto* type) {
+      lstm_rows_of_weight<__typeof__(*type)>(rows, operands, s.sums ? 1 : 2, s.hidden, block, products, panel);
+    });
   }
   lstm_multiply(s.form, s.reading, rows, kGateColumns, s.state, h, s.weight_h, block, products, false);
   if (!s.sums) lstm_multiply(s.form, s.reading, rows, kGateColumns, s.inputs, input, s.weight_x, block, products, true);

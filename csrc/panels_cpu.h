@@ -21,7 +21,7 @@ constexpr int64_t panels(int64_t columns) { return (columns + kPanelColumns - 1)
 // How the rows of packed operands come from beyond the second-level cache.
 struct Reading {
   bool ahead;  // each block asks for a part of the rows that follow its own
-  bool whole;  // few rows of the left operand, up to 12, are one block over the whole depth, which asks for its own
+  int64_t whole;  // up to so many rows of the left operand are one block over the whole depth, which asks for its own
 };
 
 // Rows [first, first + rows), those that there are, of out (M, N) = left times right, plus a bias (N) unless it is null.

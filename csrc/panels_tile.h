@@ -87,7 +87,7 @@ static void panel_rows(const PanelProduct& p, int64_t first, Range panels, float
       } else {
         panel_part(p.right, panel, k, here, right_part);
       }
-      const Reading reading = as_it_is ? Reading{true, false} : p.reading;
+      const Reading reading = as_it_is ? Reading{true, 0} : p.reading;
       gemm(reading, rows, round_up(columns, kPad), here, left, right, right_row, sums, kPanelColumns, false);
       float* to = p.out + first * p.out_row + column;
       if (p.add || k > 0)

@@ -35,6 +35,13 @@ static inline vec clamp(vec x, float bound) { return min(splat(bound), max(splat
 static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Keeps v in a register for several uses, each of which GCC 12 would else read from memory.
+static inline void keep(vec& v) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(v));
+#endif
+}
+
 // A null pointer stays null.
 template <class T>
 static inline T* offset(T* p, int64_t by) {
