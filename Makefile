@@ -54,7 +54,7 @@ fuzz: setup
 # The extension once more, in a copy of the package, with checks of every access to memory and of undefined behaviour.
 SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
-SANITIZE_ARGS ?= tests/test_extension.py tests/test_extension_numbers.py tests/test_packed_op.py \
+SANITIZE_ARGS ?= tests/test_extension.py tests/test_extension_numbers.py tests/test_kept_memory.py tests/test_packed_op.py \
 	tests/test_kv_cache_cpu.py tests/test_additive_cpu.py tests/test_lstm_op.py tests/test_lstm_bad_input.py \
 	tests/test_lstm_runtime.py tests/test_layer_norm_lstm_op.py tests/test_layer_norm_lstm_bad_input.py \
 	tests/test_panels.py

@@ -10,6 +10,7 @@
 #include "cuda/paths.h"
 #endif
 #include "instruction_set.h"
+#include "kept_memory.h"
 #include "kv_cache.h"
 #include "layer_norm_lstm.h"
 #include "lstm.h"
@@ -222,6 +223,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("least_rows_of_own_products", &fastattn::least_rows_of_own_products);
   m.def("mm", &fastattn::mm, Plain());
   m.def("linear", &fastattn::linear, Plain());
+  m.def("release_kept_memory", &fastattn::release_kept_memory);
   m.def("instruction_sets", &fastattn::instruction_sets);
   m.def("use_instruction_set", &fastattn::use_instruction_set);
 #ifdef FASTATTN_CUDA

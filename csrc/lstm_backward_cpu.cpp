@@ -8,7 +8,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
-#include "huge_pages.h"
 #include "lstm_layer.h"
 #include "product.h"
 
@@ -77,12 +76,11 @@ BackwardLayer::BackwardLayer(
   dcell = grad.c_n ? padded_state(*grad.c_n, s.units()) : at::zeros({s.directions, s.batch, s.units()}, floats);
   const int64_t columns = s.directions * 4 * s.hidden;
   dsums_row = columns + (form == LstmForm::panels && recurrent() ? kSpread : 0);
-  dsums = with_huge_pages(at::empty({s.rows, dsums_row}, is_half(form) ? args.input.options() : floats))
-              .narrow(1, 0, columns);
+  dsums = kept_empty({s.rows, dsums_row}, is_half(form) ? args.input.options() : floats).narrow(1, 0, columns);
   dh0 = grad.h_n ? grad_h_n.clone() : at::zeros({s.directions, s.batch, s.state}, floats);
   if (s.projection) {
-    dh = at::empty({s.rows, s.directions * s.state}, floats);
-    m = at::empty({s.rows, s.directions * s.hidden}, floats);
+    dh = kept_empty({s.rows, s.directions * s.state}, floats);
+    m = kept_empty({s.rows, s.directions * s.hidden}, floats);
   }
   for (int64_t d = 0; d < s.directions; ++d) {
     const at::Tensor* weight = args.weights.data() + d * s.weights_per_direction();

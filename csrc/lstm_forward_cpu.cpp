@@ -79,12 +79,12 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
   const auto floats = args.input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
   out = with_huge_pages(
       at::empty({s.rows, s.directions * s.state}, is_half(form) ? args.input.options() : floats));
-  if (s.projection) m = at::empty({s.directions, s.batch, s.hidden}, floats);
+  if (s.projection) m = kept_empty({s.directions, s.batch, s.hidden}, floats);
   gates = at::empty({0}, args.input.options());
   cells = at::empty({0}, floats);
   if (save) {
-    gates = with_huge_pages(at::empty({s.rows, s.directions, 4 * s.units()}, args.input.options()));
-    cells = with_huge_pages(at::empty({s.rows, s.directions, s.units()}, floats));
+    gates = kept_empty({s.rows, s.directions, 4 * s.units()}, args.input.options());
+    cells = kept_empty({s.rows, s.directions, s.units()}, floats);
   }
   // In bfloat16 reading W_ih costs half as much, and torch's product would round the sums.
   const bool first = is_half(form) ? s.steps > 1 && s.batch < kRowsOfATile : input_product_first(s);
@@ -97,7 +97,7 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
     if (s.projection) one.projection = pack_columns(weight[s.weights_per_direction() - 1].t(), LstmForm::panels);
     if (ahead > 0) {
       one.bias = gate_blocks(one.bias, s.hidden);
-      one.sums = at::empty({ahead * s.batch, 4 * s.units()}, floats);
+      one.sums = kept_empty({ahead * s.batch, 4 * s.units()}, floats);
     }
     if (ahead == 0 && first)
       one.sums = linear(input, dense_float(weight[0]), one.bias);

@@ -9,7 +9,6 @@
 #include <xmmintrin.h>
 #endif
 
-#include "huge_pages.h"
 #include "split.h"
 
 namespace fastattn {
@@ -135,7 +134,7 @@ at::Tensor padded_state(const at::Tensor& state, int64_t units) {
 }
 
 at::Tensor states_before(const LstmShape& shape, int64_t d, const at::Tensor& out, const at::Tensor& h0) {
-  at::Tensor states = with_huge_pages(at::empty({shape.rows, shape.state}, out.options()));
+  at::Tensor states = kept_empty({shape.rows, shape.state}, out.options());
   const int64_t out_row = shape.directions * shape.state;
   const size_t bytes = static_cast<size_t>(shape.state) * states.element_size();
   for_each(shape.steps, states.numel() > kManyNumbers, [&](int64_t t) {

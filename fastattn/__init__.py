@@ -4,6 +4,7 @@ from fastattn.additive import additive_attention
 from fastattn.debug import debug_checks
 from fastattn.dispatch import Backend, Explanation, backend
 from fastattn.functional import explain, scaled_dot_product_attention
+from fastattn.kernels.kept_memory import empty_cache
 from fastattn.kv_cache import attention_with_kv_cache
 from fastattn.modules.additive import AdditiveAttention
 from fastattn.modules.attention import MultiheadAttention
@@ -34,6 +35,7 @@ __all__ = [
     "attention_with_kv_cache",
     "backend",
     "debug_checks",
+    "empty_cache",
     "explain",
     "patch",
     "replace_sdpa",

@@ -3,7 +3,7 @@
 On CUDA it is the allocator's own peak. On the CPU it is the peak of the resident set: the allocator of torch knows
 nothing of the scratch memory of oneDNN, of BLAS or of an extension, the kernel knows every page. The kernel keeps the
 peak itself (VmHWM) and starts it again on request, so nothing between two samples is missed. Before the call malloc
-gives its free pages back, else memory freed earlier would serve the call unseen.
+and the extension give their free pages back, else memory freed earlier would serve the call unseen.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastattn.kernels.kept_memory import empty_cache
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -49,6 +51,7 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def _return_free_pages() -> None:
+    empty_cache()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):  # not glibc

@@ -1,0 +1,31 @@
+// Large memory of kernels, kept from one call for the next.
+//
+// The C library gives large blocks back to the system when they are freed, so that the next call meets each of their
+// pages for the first time: packing 8 MB of weights then takes 4 ms in place of 1.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstddef>
+
+namespace fastattn {
+
+// Most that is kept: what stands in it longest goes first.
+constexpr size_t kMostKept = size_t{64} << 20;
+
+struct Block {
+  void* memory = nullptr;  // at a multiple of 64 bytes, not initialised
+  size_t bytes = 0;        // at least those asked for
+};
+
+// Throws std::bad_alloc.
+Block take_block(size_t bytes);
+void give_back(Block block) noexcept;
+
+// An uninitialised contiguous tensor in such a block, for what no user sees: its storage cannot be resized.
+at::Tensor kept_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+// Gives what is kept back to the system. In bytes what that was.
+int64_t release_kept_memory();
+
+}  // namespace fastattn

@@ -1,0 +1,84 @@
+"""What the C++ kernels keep from one call for the next: bounded, given back on request, and never seen in an answer."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import fastattn
+
+_C = pytest.importorskip("fastattn._C")
+
+MOST = 64 << 20  # csrc/kept_memory.h
+
+
+def train(module: fastattn.LSTM, data: torch.Tensor) -> list[torch.Tensor]:
+    out, (h_n, c_n) = module(data)
+    return [out, h_n, c_n, *torch.autograd.grad(out.sum(), list(module.parameters()))]
+
+
+def test_blocks_are_kept_and_given_back() -> None:
+    module = fastattn.LSTM(64, 256)
+    fastattn.empty_cache()
+    with torch.no_grad():
+        module(torch.randn(4, 16, 64))
+    assert _C.release_kept_memory() >= 4 * 256 * (64 + 256) * 4  # the packed weights at least
+    assert _C.release_kept_memory() == 0
+
+
+def test_no_more_is_kept_than_the_bound() -> None:
+    for hidden in (512, 768, 1024, 640):
+        train(fastattn.LSTM(hidden, hidden), torch.randn(3, 16, hidden))
+    assert 0 < _C.release_kept_memory() <= MOST
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [1, 5, 16, 70])
+def test_what_stood_in_a_block_is_not_seen(batch: int, dtype: torch.dtype) -> None:
+    """After a call full of NaN, in the same blocks, the answer is bit for bit that of fresh memory."""
+    module = fastattn.LSTM(70, 150, num_layers=2, bidirectional=True, dtype=dtype)
+    data = torch.randn(5, batch, 70, dtype=dtype)
+    fastattn.empty_cache()
+    fresh = train(module, data)
+    train(module, torch.full_like(data, float("nan")))
+    assert all(torch.equal(a, b) for a, b in zip(fresh, train(module, data), strict=True))
+
+
+def test_attention_does_not_see_it_either() -> None:
+    query = torch.randn(2, 300, 4, 64).transpose(1, 2).requires_grad_()
+
+    def run(value: float | None) -> list[torch.Tensor]:
+        given = query if value is None else torch.full_like(query, value, requires_grad=True)
+        with fastattn.backend("cpu"):
+            out = fastattn.scaled_dot_product_attention(given, given, given, is_causal=True)
+            return [out, *torch.autograd.grad(out.sum(), given)]
+
+    fastattn.empty_cache()
+    fresh = run(None)
+    run(float("nan"))
+    assert all(torch.equal(a, b) for a, b in zip(fresh, run(None), strict=True))
+
+
+def test_results_do_not_live_in_kept_blocks() -> None:
+    module = fastattn.LSTM(64, 256)
+    out, (h_n, c_n) = module(torch.randn(40, 16, 64))
+    before = [tensor.clone() for tensor in (out, h_n, c_n)]
+    module(torch.full((40, 16, 64), 3.0))
+    assert all(torch.equal(a, b) for a, b in zip((out, h_n, c_n), before, strict=True))
+    assert out.detach().resize_(1).numel() == 1  # torch's own storage
+
+
+def test_a_graph_may_end_in_another_thread() -> None:
+    module, data = fastattn.LSTM(64, 256), torch.randn(20, 16, 64)
+    expected = train(module, data)
+    results: list[list[torch.Tensor]] = []
+    threads = [threading.Thread(target=lambda: results.append(train(module, data))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    for result in results:
+        torch.testing.assert_close(result, expected)
