@@ -113,8 +113,11 @@ const PanelKernels& panel_kernels() { return *kernels().panels; }
 Panels preferred_panels() { return current().load()->panels; }
 
 Reading panel_reading(int64_t bytes) {
-  const bool most = preferred_panels() == Panels::most;
-  return {!most || bytes > third_level_bytes() / 3, most ? 12 : preferred_panels() == Panels::large ? 1 : 0};  // not 8 MB, but 16 of 32
+  switch (preferred_panels()) {
+    case Panels::most: return {bytes > third_level_bytes() / 3, 12};  // not 8 MB, but 16 of 32
+    case Panels::large: return {true, 1};
+    default: return {true, 0};
+  }
 }
 
 bool has_split_products() { return current().load()->split; }

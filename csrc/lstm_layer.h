@@ -109,7 +109,7 @@ void run_parts(const LstmShape& shape, LstmForm form, F f) {
       for (const Part& part : parts) barriers[static_cast<size_t>(part.group)].set_members(part.members);
       ready.store(true, std::memory_order_release);
     } else {
-      while (!ready.load(std::memory_order_acquire)) std::this_thread::yield();
+      spin_until([&] { return ready.load(std::memory_order_acquire); });
     }
     for (size_t i = static_cast<size_t>(member); i < parts.size(); i += static_cast<size_t>(members))
       f(parts[i], barriers[static_cast<size_t>(parts[i].group)], scratch[static_cast<size_t>(member)].get());

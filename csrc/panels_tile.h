@@ -22,8 +22,8 @@ static void pack_turned(
     }
 }
 
-// Rows of a few lines, of a matrix with long ones, are asked for so many ahead: 0.93 of the time of a product of 1,024 x
-// 256 numbers, 3,200 deep.
+// Rows of a few lines, of a matrix with long ones, are asked for so many ahead: for the left operand 0.93 of the time of a
+// product of 1,024 x 256 numbers, 3,200 deep, for the right one 0.73 of one of 200 x 512, 2,048 deep.
 constexpr int64_t kFarRowsAhead = 16;
 
 // Depth [k, k + depth) of one panel.

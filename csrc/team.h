@@ -12,10 +12,20 @@
 
 namespace fastattn {
 
+// Waits until done() by spinning, because a step of a small LSTM takes microseconds, and gives its time slice away when
+// that takes long: on a busy machine a pure spin costs a slice of the scheduler per step, and giving it away at once, too.
+template <class Done>
+void spin_until(Done done) {
+  constexpr int most_spins = 4000;
+  for (int spins = 0; !done();) {
+    if (++spins > most_spins) std::this_thread::yield();
+#if defined(__x86_64__)
+    else __builtin_ia32_pause();
+#endif
+  }
+}
+
 // A barrier for a fixed number of threads, used again and again.
-//
-// It spins, because a step of a small LSTM takes microseconds, and gives its time slice away when that takes long: on a
-// busy machine a pure spin costs a slice of the scheduler per step.
 class Barrier {
  public:
   void set_members(int64_t members) { members_ = members; }
@@ -28,20 +38,10 @@ class Barrier {
       round_.store(round + 1, std::memory_order_release);
       return;
     }
-    for (int spins = 0; round_.load(std::memory_order_acquire) == round;)
-      if (++spins > kSpins) std::this_thread::yield();
-      else relax();
+    spin_until([&] { return round_.load(std::memory_order_acquire) != round; });
   }
 
  private:
-  static constexpr int kSpins = 4000;
-
-  static void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
-
   int64_t members_ = 1;
   alignas(64) std::atomic<int64_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> round_{0};
