@@ -23,11 +23,13 @@ static inline float to_float(float x) { return x; }
 static inline float to_float(double x) { return (float)x; }
 static inline float to_float(BFloat16 x) { return float_of((uint32_t)x.bits << 16); }
 
-// The exponents of the two formats differ by 112 in their bias; the product also normalises subnormal halves.
+// The exponents of the two formats differ by 112 in their bias. A subnormal half is a multiple of 2**-24; no step here
+// makes a subnormal float of it, which the LSTM's threads take for zero.
 static inline float to_float(Half x) {
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
-  const float finite = float_of(magnitude) * 0x1p112f;
-  const uint32_t bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : bits_of(finite);
+  const uint32_t subnormal = bits_of((float)(int32_t)(x.bits & 0x3ffu) * 0x1p-24f);
+  uint32_t bits = magnitude < 1u << 23 ? subnormal : magnitude + (112u << 23);
+  bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : bits;
   return float_of(bits | (uint32_t)(x.bits & 0x8000u) << 16);
 }
 

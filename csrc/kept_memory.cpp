@@ -1,12 +1,15 @@
 #include "kept_memory.h"
 
 #include <ATen/Context.h>
-#include <ATen/ops/from_blob.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/native/TensorFactories.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <array>
 #include <atomic>
+#include <memory>
 #include <new>
+#include <thread>
 
 #include "huge_pages.h"
 #if defined(__SANITIZE_ADDRESS__)
@@ -32,28 +35,26 @@ void release(Block block) noexcept { ::operator delete(block.memory, kAlignment)
 // Blocks in the order in which they came.
 class Kept {
  public:
-  // The smallest that holds so many bytes, unless more than half of it were not used.
+  // The smallest that holds so many bytes and no more than an eighth beyond: a tensor may live long.
   Block take(size_t bytes) {
     size_t best = count_;
     for (size_t i = 0; i < count_; ++i)
-      if (blocks_[i].bytes >= bytes && blocks_[i].bytes / 2 <= bytes &&
+      if (blocks_[i].bytes >= bytes && blocks_[i].bytes - bytes <= bytes / 8 &&
           (best == count_ || blocks_[i].bytes < blocks_[best].bytes))
         best = i;
     return best < count_ ? remove(best) : Block{};
   }
 
-  void give(Block block) {
-    while (count_ > 0 && (count_ == blocks_.size() || bytes_ + block.bytes > kMostKept)) release(remove(0));
+  // The block that has to go before this one is kept, or none.
+  Block give(Block block) {
+    if (count_ == blocks_.size() || bytes_ + block.bytes > kMostKept) return remove(0);
     ASAN_POISON_MEMORY_REGION(block.memory, block.bytes);
     blocks_[count_++] = block;
     bytes_ += block.bytes;
+    return {};
   }
 
-  size_t clear() {
-    const size_t bytes = bytes_;
-    while (count_ > 0) release(remove(count_ - 1));
-    return bytes;
-  }
+  Block oldest() { return count_ > 0 ? remove(0) : Block{}; }
 
  private:
   Block remove(size_t index) {
@@ -72,11 +73,11 @@ class Kept {
 Kept kept;
 std::atomic_flag busy = ATOMIC_FLAG_INIT;
 
-// f(kept), by one thread at a time; false where another one holds it for long, as in the child of a fork() whose parent's
-// thread did: then memory comes from the C library and goes back there.
+// f(kept), by one thread at a time, which takes less than a microsecond; false where another one holds it for long, as in
+// the child of a fork() whose parent's thread did: then memory comes from the C library and goes back there.
 template <class F>
 bool with_kept(F f) {
-  for (int tries = 0; busy.test_and_set(std::memory_order_acquire);)
+  for (int tries = 0; busy.test_and_set(std::memory_order_acquire); std::this_thread::yield())
     if (++tries == 1000) return false;
   f(kept);
   busy.clear(std::memory_order_release);
@@ -96,24 +97,58 @@ Block take_block(size_t bytes) {
 
 void give_back(Block block) noexcept {
   if (!block.memory) return;
-  const bool keep = block.bytes >= kLeastKept && block.bytes <= kMostKept;
-  if (!keep || !with_kept([&](Kept& blocks) { blocks.give(block); })) release(block);
+  if (block.bytes < kLeastKept || block.bytes > kMostKept) return release(block);
+  while (true) {
+    Block before;
+    if (!with_kept([&](Kept& blocks) { before = blocks.give(block); })) return release(block);
+    if (!before.memory) return;
+    release(before);
+  }
 }
 
+namespace {
+
+// For storages of torch, which so can be resized, and whose profiler sees them.
+class KeptAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    auto owner = std::make_unique<Block>();
+    *owner = take_block(bytes);
+    void* memory = owner->memory;
+    c10::profiledCPUMemoryReporter().New(memory, owner->bytes);
+    return {memory, owner.release(), &free, at::kCPU};
+  }
+
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+
+ private:
+  static void free(void* context) {
+    const std::unique_ptr<Block> owner(static_cast<Block*>(context));
+    c10::profiledCPUMemoryReporter().Delete(owner->memory);
+    give_back(*owner);
+  }
+};
+
+}  // namespace
+
 at::Tensor kept_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  int64_t count = 1;
-  for (const int64_t size : sizes) count *= size;
-  const Block block = take_block(static_cast<size_t>(count) * options.dtype().itemsize());
-  at::Tensor tensor = at::from_blob(block.memory, sizes, [block](void*) { give_back(block); }, options);
+  static KeptAllocator* allocator = new KeptAllocator;  // tensors may outlive what is destroyed at exit
+  at::Tensor tensor = at::detail::empty_generic(
+      sizes, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), at::typeMetaToScalarType(options.dtype()),
+      at::MemoryFormat::Contiguous);
   if (at::globalContext().deterministicFillUninitializedMemory() && at::globalContext().deterministicAlgorithms())
     at::native::fill_empty_deterministic_(tensor);  // as at::empty does
   return tensor;
 }
 
 int64_t release_kept_memory() {
-  size_t bytes = 0;
-  with_kept([&](Kept& blocks) { bytes = blocks.clear(); });
-  return static_cast<int64_t>(bytes);
+  for (size_t bytes = 0;;) {
+    Block block;
+    with_kept([&](Kept& blocks) { block = blocks.oldest(); });
+    if (!block.memory) return static_cast<int64_t>(bytes);
+    bytes += block.bytes;
+    release(block);
+  }
 }
 
 }  // namespace fastattn

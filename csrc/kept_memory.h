@@ -22,10 +22,10 @@ struct Block {
 Block take_block(size_t bytes);
 void give_back(Block block) noexcept;
 
-// An uninitialised contiguous tensor in such a block, for what no user sees: its storage cannot be resized.
+// An uninitialised contiguous tensor in such a block, which goes back with its storage.
 at::Tensor kept_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
-// Gives what is kept back to the system. In bytes what that was.
+// Gives what is kept back to the system. Returns how many bytes that were.
 int64_t release_kept_memory();
 
 }  // namespace fastattn

@@ -20,7 +20,7 @@ static_assert(kGateColumns == kPanelColumns);  // panels_tile.h packs them
 // How a product is made, and so what its operands are.
 enum class LstmForm : uint8_t {
   panels,  // float32, weights packed into panels
-  rows,    // float32, weights as the user has them, of their type; forward only, for few rows
+  rows,    // float32, weights as the user has them, of their type below most_half_rows; forward only, for few rows
   split,   // float32 by split_cpu.h: right operands, the panel of 64 columns two blocks of them
   dots,    // bfloat16 with float32 sums, panels of lstm_bf16.h, by VDPBF16PS
   tiles,   // the same by AMX
@@ -114,6 +114,7 @@ constexpr int64_t lstm_scratch(int64_t depth) {
 }
 
 struct LstmKernels {
+  int64_t most_half_rows;  // of a step for which `rows` reads weights of half precision as they are, not as float32
   // One block of W (4 H, K), rows of stride `row`, into its panel (K, 64).
   void (*pack_gates)(const float* weight, int64_t row, int64_t hidden, int64_t depth, int64_t block, float* panel);
   // For `dots` and `tiles`: one block of W (4H, K), and one panel of a matrix (K, columns).

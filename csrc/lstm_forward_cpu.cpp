@@ -72,8 +72,8 @@ LstmForm forward_form(const LstmShape& shape, const LstmArgs& args) {
   const bool few = shape.steps == 1 ? shape.rows <= kFewRows
                                     : shape.batch == 1 && weight_bytes(shape) > kCacheBytes && few_steps(shape.steps);
   // In bfloat16 ten cells of 1,024 units with 8 rows take 11 ms as they are, 20 packed; of 512 units with 8 rows 2.6 and
-  // 2.9, with 16 4.7 and 3.9.
-  const bool fewest = shape.steps == 1 && shape.rows <= 8;
+  // 2.9, with 16 4.7 and 3.9. By AMX, where four rows at a time were not measured, as before.
+  const bool fewest = shape.steps == 1 && shape.rows <= (form == LstmForm::tiles ? 4 : 8);
   return (form == LstmForm::panels && few) || (is_half(form) && fewest) ? LstmForm::rows : form;
 }
 
@@ -97,6 +97,9 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
   const bool first = is_half(form) ? s.steps > 1 && s.batch < kRowsOfATile : input_product_first(s);
   if (first && (is_half(form) || (form == LstmForm::panels && preferred_panels() != Panels::none)))
     ahead = std::min(s.steps, std::max<int64_t>(kRowsOfSums / std::max<int64_t>(s.batch, 1), 1));
+  const auto as_it_is = [&](const at::Tensor& weight) {
+    return s.batch <= lstm_kernels().most_half_rows ? weight.contiguous() : dense_float(weight);
+  };
   for (int64_t d = 0; d < s.directions; ++d) {
     const at::Tensor* weight = args.weights.data() + d * s.weights_per_direction();
     Direction& one = directions.emplace_back();
@@ -109,11 +112,11 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
     if (ahead == 0 && first)
       one.sums = linear(input, dense_float(weight[0]), one.bias);
     else if (form == LstmForm::rows)
-      one.rows_x = weight[0].contiguous();
+      one.rows_x = as_it_is(weight[0]);
     else
       one.weight_x = pack_gates(weight[0], s.hidden, form);
     if (form == LstmForm::rows)
-      one.rows_h = weight[1].contiguous();
+      one.rows_h = as_it_is(weight[1]);
     else
       one.weight_h = pack_gates(weight[1], s.hidden, form);
   }

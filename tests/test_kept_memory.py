@@ -70,6 +70,41 @@ def test_results_do_not_live_in_kept_blocks() -> None:
     assert out.detach().resize_(1).numel() == 1  # torch's own storage
 
 
+def test_saved_tensors_are_storages_of_torch() -> None:
+    """A hook that moves them away may shrink what it was given, and torch's profiler counts them."""
+    module, data = fastattn.LSTM(64, 256), torch.randn(40, 16, 64)
+    expected = train(module, data)
+    moved: list[torch.Tensor] = []
+
+    def away(tensor: torch.Tensor) -> torch.Tensor:
+        copied = tensor.clone()
+        if tensor.numel() == 40 * 16 * 4 * 256:  # the gates
+            tensor.untyped_storage().resize_(0)
+            moved.append(tensor)
+        return copied
+
+    with torch.autograd.graph.saved_tensors_hooks(away, lambda tensor: tensor):
+        result = train(module, data)
+    assert moved
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        out = module(data)[0]
+    allocated = sum(event.self_cpu_memory_usage for event in profile.key_averages())
+    assert allocated >= 40 * 16 * 5 * 256 * 4  # gates and cells
+    del out
+
+
+def test_long_lived_tensors_take_no_block_far_too_large() -> None:
+    """Graphs that are held would else hold the larger blocks of those that ended."""
+    module, held = fastattn.LSTM(8, 512), []
+    large, small = torch.randn(75, 64, 8), torch.randn(40, 64, 8)
+    fastattn.empty_cache()
+    module(large)
+    held.append(module(small)[0])
+    assert _C.release_kept_memory() >= 75 * 64 * 4 * 512 * 4  # its gates are still there
+    del held
+
+
 def test_a_graph_may_end_in_another_thread() -> None:
     module, data = fastattn.LSTM(64, 256), torch.randn(20, 16, 64)
     expected = train(module, data)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lstm_op_cases import leaves_of, penalty
 from torch import Tensor
 
+import fastattn
 from fastattn import reference_lstm, testing_lstm
 from fastattn.kernels.lstm import autograd, extension
 from fastattn.kernels.lstm import layer as kernels
@@ -167,9 +168,27 @@ def test_every_instruction_set_in_the_error_budget() -> None:
                 testing_lstm.check(LstmCase(dtype=dtype, lengths=(5, 3, 1), directions=2, hidden=33), eager("cpu"))
                 testing_lstm.check(LstmCase(dtype=dtype, batch=17, projection=5), eager("cpu"))
                 testing_lstm.check(LstmCase(dtype=dtype, steps=3, batch=1, inputs=40, hidden=370), eager("cpu"))
-                testing_lstm.check(LstmCase(dtype=dtype, steps=1, batch=3, inputs=75, hidden=33), eager("cpu"))
+                for batch in (1, 2, 3, 4, 6, 18):
+                    testing_lstm.check(LstmCase(dtype=dtype, steps=1, batch=batch, inputs=75, hidden=33), eager("cpu"))
     finally:
         use_instruction_set(names[0])
+
+
+@NEEDS_EXTENSION
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("batch", [3, 20])
+@pytest.mark.parametrize("inputs", [37, 64])
+def test_subnormal_weights_in_half_precision_count(inputs: int, batch: int) -> None:
+    """Below 2^-14 they are no float32 on the way: the threads of the LSTM take subnormal ones for zero."""
+    cell = torch.nn.LSTMCell(inputs, 5, dtype=torch.float16)
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter.copy_(torch.rand_like(parameter.float()) * 5e-5)
+        ours = fastattn.LSTMCell(inputs, 5, dtype=torch.float16)
+        ours.load_state_dict(cell.state_dict())
+        x = (torch.rand(batch, inputs) * 500).half()
+        got, expected = ours(x)[1], cell.double()(x.double())[1]
+    torch.testing.assert_close(got.double(), expected, atol=2e-4, rtol=1e-3)
 
 
 # Determinism, threads ----------------------------------------------------------------------------------------
