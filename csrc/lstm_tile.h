@@ -139,7 +139,8 @@ __attribute__((noinline)) static void lstm_dots(
             float last[kLanes] = {};
             for (int64_t i = 0; i < min(kLanes, depth - k); ++i) last[i] = to_float(rows[u][k + i]);
             const vec right = load(last);
-            for (int r = 0; r < ROWS; ++r) own[r * kDotUnits + u] += load_lanes(left + r * left_row + k, depth - k) * right;
+            for (int r = 0; r < ROWS; ++r)
+              own[r * kDotUnits + u] += load_lanes(left + r * left_row + k, depth - k) * right;
           }
       }
       for (int r = 0; r < ROWS; ++r)
