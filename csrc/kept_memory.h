@@ -1,7 +1,7 @@
 // Large memory of kernels, kept from one call for the next.
 //
 // The C library gives large blocks back to the system when they are freed, so that the next call meets each of their
-// pages for the first time: packing 8 MB of weights then takes 4 ms in place of 1.
+// pages for the first time: one row of 512 units, 64 steps, took 5.9 ms in place of 2.7 in two processes of three.
 #pragma once
 
 #include <ATen/core/Tensor.h>

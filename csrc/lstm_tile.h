@@ -379,8 +379,8 @@ static void lstm_product(const LstmProduct& s, Range panels, float* sums) {
   }
 }
 
-// Each four rows turn the weights into float32 anew. Ten cells of 512 units in float16 take 8 ms in place of 22 with 32
-// rows by AVX-512; in bfloat16 by AVX2 0.8 to 0.9 of the time with 12 and 16, 1.2 with 32.
+// Each four rows turn the weights into float32 anew. Ten cells of 512 units in float16 take 8 ms in place of 19 to 22 with
+// 32 rows by AVX-512; in bfloat16 by AVX2 0.77 and 0.93 of the time with 12 and 16, 1.2 with 32.
 constexpr int64_t kMostHalfRows = kLanes >= 16 ? 64 : kLanes >= 8 ? 16 : kDotRows;
 
 static const LstmKernels lstm_table = {
