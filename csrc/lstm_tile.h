@@ -105,8 +105,8 @@ template <int ROWS, class T>
 __attribute__((noinline)) static void lstm_dots(
     const LstmRowsOperand* operands, int64_t count, int64_t row, int64_t hidden, int64_t first, int64_t there,
     float* sums) {
-  constexpr int parts = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;  // enough sums for the latency of one, whatever the rows
-  constexpr int gates = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;  // whose sums are added up together
+  constexpr int gates = kDotRows / ROWS;  // whose sums are added up together, as they fill a square
+  constexpr int parts = kDotRows / ROWS;  // enough sums for the latency of one, whatever the rows
   for (int gate = 0; gate < 4; gate += gates) {
     vec dots[kLanes] = {};
     for (int g = 0; g < gates; ++g) {

@@ -47,26 +47,23 @@ void panel_product(
   const int64_t least_tiles = tiles_of(kPanelRows);
   p.rows = tiles_of(least_tiles > threads ? round_up(least_tiles, threads) : least_tiles);
   const int64_t row_tiles = tiles_of(p.rows);
-  const auto pack = [&](Range which, float* packed) {
-    for (int64_t i = which.begin; i < which.end; ++i) k.pack(p.right, i, packed + i * panel);
-  };
   const int64_t scratch_floats = panel_scratch(p.left.depth, row_tiles > 1);
   Floats packed;
   if (row_tiles > 1) {
     packed = Floats(count * panel);
     p.packed = packed.get();
     p.reading = panel_reading(count * panel * static_cast<int64_t>(sizeof(float)));
+    const auto pack = [&](int64_t i) { k.pack(p.right, i, packed + i * panel); };
+    // Where each thread has as many panels, and some of them, it packs its own: no other reads them, and none waits for
+    // another. With 2 panels each the left operand, which all threads copy then, costs more than that.
+    if (count % threads == 0 && count >= 4 * threads)
+      return run_tasks(threads, scratch_floats, [&](int64_t task, float* scratch) {
+        const Range mine = share(count, task, threads);
+        for (int64_t i = mine.begin; i < mine.end; ++i) pack(i);
+        for (int64_t tile = 0; tile < row_tiles; ++tile) k.product(p, tile * p.rows, mine, scratch);
+      }, threads);
+    run_tasks(count, 0, [&](int64_t task, float*) { pack(task); }, threads);
   }
-  // Where each thread has as many panels, and some of them, it packs its own: no other reads them, and none waits for
-  // another. With 2 panels each the left operand, which all threads copy then, costs more than that.
-  if (row_tiles > 1 && count % threads == 0 && count >= 4 * threads)
-    return run_tasks(threads, scratch_floats, [&](int64_t task, float* scratch) {
-      const Range mine = share(count, task, threads);
-      pack(mine, packed.get());
-      for (int64_t tile = 0; tile < row_tiles; ++tile) k.product(p, tile * p.rows, mine, scratch);
-    }, threads);
-  if (row_tiles > 1)
-    run_tasks(count, 0, [&](int64_t task, float*) { pack({task, task + 1}, packed.get()); }, threads);
   // Some tasks for each thread: columns are divided, too, where there are few rows.
   const int64_t parts = std::min(count, std::max<int64_t>(4 * threads / row_tiles, 1));
   run_tasks(row_tiles * parts, scratch_floats, [&](int64_t task, float* scratch) {

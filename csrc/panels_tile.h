@@ -26,16 +26,22 @@ static void pack_turned(
 // product of 1,024 x 256 numbers, 3,200 deep, for the right one 0.73 of one of 200 x 512, 2,048 deep.
 constexpr int64_t kFarRowsAhead = 16;
 
+// `there` numbers of each row, `row` apart, to rows of to_row numbers, zeros from there to `columns`.
+static void copy_far_rows(
+    const float* from, int64_t row, int64_t rows, int64_t there, int64_t columns, float* to, int64_t to_row) {
+  for (int64_t i = 0; i < rows; ++i, from += row, to += to_row)
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      prefetch(from + kFarRowsAhead * row + j);
+      store(to + j, load_lanes(from + j, there - j));
+    }
+}
+
 // Depth [k, k + depth) of one panel.
 static void panel_part(const Operand& o, int64_t panel, int64_t k, int64_t depth, float* to) {
   const int64_t first = panel * kPanelColumns, there = min(kPanelColumns, o.rows - first);
   const float* from = o.data + first * o.row + k * o.column;
   if (o.column == 1) return pack_turned(from, o.row, there, depth, kPanelColumns, to);
-  for (int64_t i = 0; i < depth; ++i, from += o.column, to += kPanelColumns)
-    for (int64_t j = 0; j < kPanelColumns; j += kLanes) {
-      prefetch(from + kFarRowsAhead * o.column + j);
-      store(to + j, j < there ? load_lanes(from + j, there - j) : vec{});
-    }
+  copy_far_rows(from, o.column, depth, there, kPanelColumns, to, kPanelColumns);
 }
 
 static void panel_pack(const Operand& o, int64_t panel, float* to) { panel_part(o, panel, 0, o.depth, to); }
@@ -49,12 +55,7 @@ static inline Matrix panel_left(const Operand& o, int64_t first, int64_t rows, i
     copy_tile(from, o.row, rows, depth, nullptr, to, row);
     return {to, row, 1};
   }
-  for (int64_t i = 0; i < depth; ++i, from += o.column) {
-    for (int64_t j = 0; j < rows; j += kLanes) {
-      prefetch(from + kFarRowsAhead * o.column + j);
-      store(to + i * kPanelRows + j, load_lanes(from + j, rows - j));
-    }
-  }
+  copy_far_rows(from, o.column, depth, rows, rows, to, kPanelRows);
   return {to, 1, kPanelRows};
 }
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
+from threads import at_once
 
 import fastattn
 
@@ -105,15 +104,10 @@ def test_long_lived_tensors_take_no_block_far_too_large() -> None:
     del held
 
 
-def test_a_graph_may_end_in_another_thread() -> None:
+def test_threads_at_once_have_blocks_of_their_own() -> None:
     module, data = fastattn.LSTM(64, 256), torch.randn(20, 16, 64)
     expected = train(module, data)
-    results: list[list[torch.Tensor]] = []
-    threads = [threading.Thread(target=lambda: results.append(train(module, data))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    results = at_once(lambda: train(module, data), 4)
     assert len(results) == 4
     for result in results:
         torch.testing.assert_close(result, expected)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 import warnings
 from typing import Any
 
@@ -27,6 +26,7 @@ from lstm_module_cases import (
     pair,
     states,
 )
+from threads import at_once
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
@@ -172,12 +172,7 @@ def test_torch_s_name_bound_to_ours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_threads_share_a_module() -> None:
     ours, x = fastattn.LSTM(INPUTS, HIDDEN, bidirectional=True), padded()
-    wanted, found = flat(ours(x)), []
-    threads = [threading.Thread(target=lambda: found.append(flat(ours(x)))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    wanted, found = flat(ours(x)), at_once(lambda: flat(ours(x)), 4)
     assert len(found) == 4
     for got in found:
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import threading
+import itertools
 import weakref
 from typing import Any
 
@@ -13,6 +13,7 @@ from backends import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
 from lstm_op_cases import leaves_of, penalty
+from threads import at_once
 from torch import Tensor
 
 import fastattn
@@ -222,14 +223,9 @@ def test_any_number_of_threads(threads: int) -> None:
 def test_two_python_threads_at_once() -> None:
     case = LstmCase(steps=20, batch=8, hidden=32, directions=2)
     wanted = everything("cpu", case)
-    found: list[dict[str, Tensor]] = []
-    threads = [threading.Thread(target=lambda: found.extend(everything("cpu", case) for _ in range(5))) for _ in "ab"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 10
-    for results in found:
+    found = at_once(lambda: [everything("cpu", case) for _ in range(5)], 2)
+    assert [len(results) for results in found] == [5, 5]
+    for results in itertools.chain.from_iterable(found):
         torch.testing.assert_close(results, wanted, rtol=0, atol=0)
 
 

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-try:
-    import fastattn._C as _extension
-except ImportError:
-    _extension = None
-
-_release: Any = getattr(_extension, "release_kept_memory", None)
+from fastattn.kernels.built import UNAVAILABLE, extension
 
 
 def empty_cache() -> None:
@@ -19,5 +12,5 @@ def empty_cache() -> None:
     blocks back and the next call would meet each of their pages for the first time. Memory on a GPU is torch's, see
     ``torch.cuda.empty_cache``, whose name this has. Without the extension nothing is kept, and nothing done.
     """
-    if _release is not None:
-        _release()
+    if UNAVAILABLE is None:
+        extension.release_kept_memory()

@@ -7,12 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.kernels.attention.extension import UNAVAILABLE
-
-try:
-    import fastattn._C as _extension
-except ImportError:
-    _extension = None
+from fastattn.kernels.built import UNAVAILABLE
+from fastattn.kernels.built import extension as _extension
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

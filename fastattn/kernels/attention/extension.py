@@ -8,13 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    import fastattn._C as _extension
-except ImportError as error:
-    _extension = None
-    UNAVAILABLE: str | None = f"the C++ extension fastattn._C is not built ({error}); run: pip install -e ."
-else:
-    UNAVAILABLE = None
+from fastattn.kernels.built import UNAVAILABLE as UNAVAILABLE
+from fastattn.kernels.built import extension as _extension
 
 
 def instruction_sets() -> list[str]:

@@ -10,14 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.kernels.attention.extension import UNAVAILABLE as _NOT_BUILT
+from fastattn.kernels.built import UNAVAILABLE as _NOT_BUILT
+from fastattn.kernels.built import extension as _extension
 from fastattn.kernels.lstm.extension import DTYPES as DTYPES
 from fastattn.kernels.lstm.extension import verified as verified
-
-try:
-    import fastattn._C as _extension
-except ImportError:
-    _extension = None
 
 
 def saved_floats(hidden: int, backend: str) -> int:

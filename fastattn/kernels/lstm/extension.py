@@ -9,12 +9,8 @@ from typing import Any
 
 import torch
 
-from fastattn.kernels.attention.extension import UNAVAILABLE as _NOT_BUILT
-
-try:
-    import fastattn._C as _extension
-except ImportError:
-    _extension = None
+from fastattn.kernels.built import UNAVAILABLE as _NOT_BUILT
+from fastattn.kernels.built import extension as _extension
 
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32))
 # Compute capabilities on which the whole GPU test suite has passed. Only these may be chosen without being asked for:
