@@ -1,5 +1,6 @@
 // Python's view of the operators; positional, called by fastattn/kernels/attention/extension.py only.
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <tuple>
@@ -43,6 +44,24 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 using Int = std::optional<int64_t>;
+
+// Whether all are torch.Tensor or torch.nn.Parameter, no subclass, dense, of one dtype, on one device, and their numbers
+// are what their memory holds: not to be negated, no zeros without memory, in no transform of torch.func.
+bool plain(const pybind11::args& tensors) {
+  constexpr c10::DispatchKeySet usual(
+      {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutogradCUDA,
+       c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA, c10::DispatchKey::ADInplaceOrView});
+  const at::Tensor* first = nullptr;
+  for (const pybind11::handle object : tensors) {
+    if (!THPVariable_CheckExact(object.ptr())) return false;
+    const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
+    if (!first) first = &tensor;
+    if (tensor.scalar_type() != first->scalar_type() || tensor.device() != first->device() ||
+        tensor.layout() != at::kStrided || !usual.has_all(tensor.key_set()))
+      return false;
+  }
+  return true;
+}
 
 std::tuple<at::Tensor, at::Tensor> packed_attention(
     at::Tensor query, at::Tensor key, at::Tensor value, at::Tensor cu_seq_q, at::Tensor cu_seq_k, Optional seqused_k,
@@ -108,26 +127,13 @@ fastattn::LstmBackward lstm_backward(
 
 fastattn::LstmStepBackward lstm_step_backward(
     Optional grad_out, Optional grad_h_n, Optional grad_c_n, at::Tensor input, at::Tensor h0, at::Tensor c0,
-    Tensors weights, at::Tensor out, at::Tensor gates, at::Tensor cells, bool input_grad) {
+    Tensors weights, at::Tensor gates, at::Tensor cells, bool input_grad) {
   return fastattn::lstm_step_backward_cpu(
-      {grad_out, grad_h_n, grad_c_n}, {input, {}, h0, c0, std::move(weights)}, out, gates, cells, input_grad);
+      {grad_out, grad_h_n, grad_c_n}, {input, {}, h0, c0, std::move(weights)}, gates, cells, input_grad);
 }
 
-// Both for a cell, whose input is (B, I) and whose states are (B, H). Views made here are no nodes of a graph.
-fastattn::LstmForward lstm_cell_forward(at::Tensor input, at::Tensor h0, at::Tensor c0, Tensors weights, bool save) {
-  auto [out, h_n, c_n, gates, cells] = fastattn::lstm_forward_cpu(
-      {input.unsqueeze(0), {}, h0.unsqueeze(0), c0.unsqueeze(0), std::move(weights)}, save);
-  return {out.squeeze(0), h_n.squeeze(0), c_n.squeeze(0), gates, cells};
-}
-
-fastattn::LstmStepBackward lstm_cell_backward(
-    Optional grad_out, Optional grad_h_n, Optional grad_c_n, at::Tensor input, at::Tensor h0, at::Tensor c0,
-    Tensors weights, at::Tensor out, at::Tensor gates, at::Tensor cells, bool input_grad) {
-  const auto of_a_step = [](const Optional& grad) { return grad ? Optional(grad->unsqueeze(0)) : grad; };
-  auto [dinput, dh0, dc0, dsums] = lstm_step_backward(
-      of_a_step(grad_out), of_a_step(grad_h_n), of_a_step(grad_c_n), input.unsqueeze(0), h0.unsqueeze(0),
-      c0.unsqueeze(0), std::move(weights), out.unsqueeze(0), gates, cells, input_grad);
-  return {dinput.defined() ? dinput.squeeze(0) : dinput, dh0.squeeze(0), dc0.squeeze(0), dsums};
+fastattn::LstmCellForward lstm_cell_forward(at::Tensor input, at::Tensor h0, at::Tensor c0, Tensors weights, bool save) {
+  return fastattn::lstm_cell_forward_cpu({input, {}, h0, c0, std::move(weights)}, save);
 }
 
 // The arguments that both operators share come as one tuple, in the order of LayerNormLstmArgs.
@@ -217,12 +223,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   backward("lstm_backward", &lstm_backward);
   m.def("lstm_step_backward", &lstm_step_backward, Plain());
   m.def("lstm_cell_forward", &lstm_cell_forward, Plain());
-  m.def("lstm_cell_backward", &lstm_cell_backward, Plain());
   m.def("layer_norm_lstm_forward", &layer_norm_lstm_forward, Plain());
   m.def("layer_norm_lstm_backward", &layer_norm_lstm_backward, Plain());
   m.def("least_rows_of_own_products", &fastattn::least_rows_of_own_products);
   m.def("mm", &fastattn::mm, Plain());
   m.def("linear", &fastattn::linear, Plain());
+  m.def("plain", &plain);
   m.def("release_kept_memory", &fastattn::release_kept_memory);
   m.def("instruction_sets", &fastattn::instruction_sets);
   m.def("use_instruction_set", &fastattn::use_instruction_set);

@@ -33,7 +33,7 @@ ForwardWalk::ForwardWalk(const LayerNormLstmArgs& args, bool keep, bool with_cel
   const at::Tensor input = dense_float(args.input).view({s.rows, s.inputs});
   h = dense_float(args.h0);
   if (h.is_alias_of(args.h0)) h = h.clone();  // it is overwritten step by step, as the copy of c0 is
-  cell = padded_state(args.c0, s.units());
+  cell = copy_of_state(args.c0, s.units());
   if (layer.h_mask.defined()) seen = at::empty({s.directions, s.batch, s.hidden}, floats);
   out = at::empty({s.rows, s.directions * s.hidden}, floats);
   if (with_cells) all_cells = at::empty(out.sizes(), floats);

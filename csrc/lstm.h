@@ -56,13 +56,18 @@ LstmBackward lstm_backward_cpu(
     const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& gates,
     const at::Tensor& cells, LstmWanted wanted);
 
-// The backward of one step in one direction without a projection, but for the gradients of the weights: gradients of the
-// input where `input_grad`, of h0, c0, and of the sums W_ih x + b_ih + W_hh h + b_hh (B, 4H), float32 or, where the input
-// is that, bfloat16. Calls that share their weights so have one product for each gradient of them.
+// A cell is one step in one direction without a projection and without the dimensions of length one: input (B, I), h0 and
+// c0 (B, H). h_1, c_1, and gates and cells as above, undefined unless `save`.
+using LstmCellForward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+LstmCellForward lstm_cell_forward_cpu(const LstmArgs& args, bool save);
+
+// The backward of such a step, a cell's or a layer's, but for the gradients of the weights: gradients of the input where
+// `input_grad`, of h0, c0, and of the sums W_ih x + b_ih + W_hh h + b_hh (B, 4H), float32 or, where the input is that,
+// bfloat16. Calls that share their weights so have one product for each gradient of them. The gradients of a cell's
+// results are grad.h_n and grad.c_n.
 using LstmStepBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 LstmStepBackward lstm_step_backward_cpu(
-    const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& gates,
-    const at::Tensor& cells, bool input_grad);
+    const LstmGradients& grad, const LstmArgs& args, const at::Tensor& gates, const at::Tensor& cells, bool input_grad);
 
 LstmBackward lstm_backward_cuda(
     const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& gates,

@@ -25,17 +25,20 @@ struct BackwardLayer {
   int64_t dsums_row;               // from a row of dsums to the next: longer than a row where those are spread
   at::Tensor dsums;                // (N, D 4H), bfloat16 where the form is that
   at::Tensor dh, m;                // (N, D P), (N, D H) where there is a projection
-  at::Tensor dh0;                  // (D, B, P)
+  at::Tensor dh0;                  // (D, B, P); undefined for one step, which does not make it
   std::vector<Floats> weight_h, projection;
 
   BackwardLayer(
-      const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& saved_gates,
+      const LstmGradients& grad, const LstmArgs& args, const LstmShape& sizes, const at::Tensor& saved_gates,
       const at::Tensor& saved_cells);
   void walk() const {
     run_parts(shape, form, [&](const Part& part, Barrier& barrier, float* scratch) { walk(part, barrier, scratch); });
   }
   at::Tensor dsums_of(int64_t d) const { return dsums.narrow(1, d * 4 * shape.hidden, 4 * shape.hidden); }
-  at::Tensor dc0(at::ScalarType type) const { return dcell.narrow(2, 0, shape.hidden).to(type).contiguous(); }
+  at::Tensor dc0(at::ScalarType type) const {
+    const at::Tensor cell = shape.units() == shape.hidden ? dcell : dcell.narrow(-1, 0, shape.hidden);
+    return as_type(cell, type).contiguous();
+  }
 
  private:
   void walk(const Part& part, Barrier& barrier, float* scratch) const;
@@ -64,20 +67,22 @@ static LstmForm backward_form(const LstmShape& shape, const LstmGradients& grad,
 }
 
 BackwardLayer::BackwardLayer(
-    const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& saved_gates,
+    const LstmGradients& grad, const LstmArgs& args, const LstmShape& sizes, const at::Tensor& saved_gates,
     const at::Tensor& saved_cells)
-    : shape(cpu_shape(args)), form(backward_form(shape, grad, args)), gates(saved_gates), cells(saved_cells) {
+    : shape(sizes), form(backward_form(shape, grad, args)), gates(saved_gates), cells(saved_cells) {
   const LstmShape& s = shape;
-  check_lstm_backward(s, grad, args, out, gates, cells);
   const auto floats = args.input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
   c0 = padded_state(args.c0, s.units());
-  if (grad.out) grad_out = dense_float(*grad.out).view({s.rows, s.directions * s.state});
+  if (grad.out) grad_out = dense_float(*grad.out);
   if (grad.h_n) grad_h_n = dense_float(*grad.h_n);
-  dcell = grad.c_n ? padded_state(*grad.c_n, s.units()) : at::zeros({s.directions, s.batch, s.units()}, floats);
+  std::vector<int64_t> states(args.c0.sizes().begin(), args.c0.sizes().end());
+  states.back() = s.units();
+  dcell = grad.c_n ? copy_of_state(*grad.c_n, s.units()) : at::zeros(states, floats);
   const int64_t columns = s.directions * 4 * s.hidden;
   dsums_row = columns + (form == LstmForm::panels && recurrent() ? kSpread : 0);
-  dsums = kept_empty({s.rows, dsums_row}, is_half(form) ? args.input.options() : floats).narrow(1, 0, columns);
-  dh0 = grad.h_n ? grad_h_n.clone() : at::zeros({s.directions, s.batch, s.state}, floats);
+  dsums = kept_empty({s.rows, dsums_row}, is_half(form) ? args.input.options() : floats);
+  if (dsums_row > columns) dsums = dsums.narrow(1, 0, columns);
+  if (s.steps != 1) dh0 = grad.h_n ? grad_h_n.clone() : at::zeros({s.directions, s.batch, s.state}, floats);
   if (s.projection) {
     dh = kept_empty({s.rows, s.directions * s.state}, floats);
     m = kept_empty({s.rows, s.directions * s.hidden}, floats);
@@ -203,12 +208,15 @@ void BackwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) con
 LstmBackward lstm_backward_cpu(
     const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& gates,
     const at::Tensor& cells, LstmWanted wanted) {
-  const BackwardLayer layer(grad, args, out, gates, cells);
+  const LstmShape shape = cpu_shape(args);
+  check_lstm_backward(shape, grad, args, out, gates, cells);
+  const BackwardLayer layer(grad, args, shape, gates, cells);
   const LstmShape& s = layer.shape;
   layer.walk();
 
   const auto type = args.input.scalar_type();
   const LstmForm form = layer.form;
+  const at::Tensor dh0 = s.steps == 1 ? at::empty(args.h0.sizes(), args.h0.options()) : as_type(layer.dh0, type);
   const int64_t each = s.weights_per_direction();
   const auto weight = [&](int64_t d, int64_t which) {
     return operand(args.weights[static_cast<size_t>(d * each + which)], form);
@@ -218,7 +226,7 @@ LstmBackward lstm_backward_cpu(
   std::vector<at::Tensor> dweights, input_weights;
   for (int64_t d = 0; d < s.directions; ++d) {
     const at::Tensor dsums = layer.dsums_of(d), turned = dsums.t();
-    if (s.steps == 1) layer.dh0[d].copy_(mm(dsums, weight(d, 1)));
+    if (s.steps == 1) dh0[d].copy_(mm(dsums, weight(d, 1)));
     if (wanted.input) input_weights.push_back(weight(d, 0));
     if (!wanted.weights) {
       dweights.resize(static_cast<size_t>((d + 1) * each));
@@ -245,24 +253,23 @@ LstmBackward lstm_backward_cpu(
         add_mm(dinput, layer.dsums_of(d), input_weights[static_cast<size_t>(d)]);
     dinput = dinput.to(type).view(args.input.sizes());
   }
-  return {dinput, layer.dh0.to(type), layer.dc0(type), dweights};
+  return {dinput, dh0, layer.dc0(type), dweights};
 }
 
 LstmStepBackward lstm_step_backward_cpu(
-    const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& gates,
-    const at::Tensor& cells, bool input_grad) {
-  const BackwardLayer layer(grad, args, out, gates, cells);
-  const LstmShape& s = layer.shape;
-  TORCH_CHECK_VALUE(
-      s.steps == 1 && s.directions == 1 && !s.projection && !s.packed, "input: got ", s.steps, " steps in ",
-      s.directions, " directions", s.projection ? " with a projection" : "", s.packed ? ", packed" : "",
-      ", expected one padded step in one direction without a projection");
+    const LstmGradients& grad, const LstmArgs& args, const at::Tensor& gates, const at::Tensor& cells,
+    bool input_grad) {
+  const LstmShape shape = cpu_shape(args, args.c0.dim() == 2);
+  check_lstm_step_backward(shape, grad, args, gates, cells);
+  const BackwardLayer layer(grad, args, shape, gates, cells);
   layer.walk();
   const auto type = args.input.scalar_type();
-  const at::Tensor dsums = layer.dsums;
-  const auto back_through = [&](size_t weight) { return mm(dsums, operand(args.weights[weight], layer.form)).to(type); };
-  return {input_grad ? back_through(0).view(args.input.sizes()) : at::Tensor(), back_through(1).unsqueeze(0),
-          layer.dc0(type), dsums};
+  const auto back_through = [&](size_t weight, const at::Tensor& like) {
+    const at::Tensor found = as_type(mm(layer.dsums, operand(args.weights[weight], layer.form)), type);
+    return like.dim() == 2 ? found : found.view(like.sizes());
+  };
+  return {input_grad ? back_through(0, args.input) : at::Tensor(), back_through(1, args.h0), layer.dc0(type),
+          layer.dsums};
 }
 
 }  // namespace fastattn

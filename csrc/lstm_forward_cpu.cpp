@@ -23,18 +23,26 @@ struct Direction {
 struct ForwardLayer {
   LstmShape shape;
   LstmForm form;
-  at::Tensor input, h0;  // operands: (N, I), (D, B, P)
-  at::Tensor cell;       // float32 (D, B, Hr), a copy of c0 that becomes c_n step by step
-  at::Tensor out, m;     // operands: (N, D P); (D, B, H) where there is a projection
-  at::Tensor gates, cells;
+  at::Tensor input, h0;     // operands: (N, I), (D, B, P); here and below the dimensions may be others, for a cell
+  at::Tensor cell;          // float32 (D, B, Hr), a copy of c0 that becomes c_n step by step
+  at::Tensor out, m;        // operands: (N, D P); (D, B, H) where there is a projection
+  at::Tensor gates, cells;  // where they are saved
+  Type gates_type;
   std::vector<Direction> directions;
   int64_t ahead = 0;  // steps whose sums are made at a time, block by block; 0: those of all steps, or of none
   bool save;
 
-  ForwardLayer(const LstmArgs& args, bool keep);
-  void walk(const Part& part, Barrier& barrier, float* scratch) const;
+  ForwardLayer(const LstmArgs& args, const LstmShape& shape, bool keep);
+  void run() const {
+    run_parts(shape, form, [&](const Part& part, Barrier& barrier, float* scratch) { walk(part, barrier, scratch); });
+  }
+  at::Tensor c_n(at::ScalarType type) const {
+    const at::Tensor states = shape.units() == shape.hidden ? cell : cell.narrow(-1, 0, shape.hidden);
+    return as_type(states, type).contiguous();
+  }
 
  private:
+  void walk(const Part& part, Barrier& barrier, float* scratch) const;
   void own_sums(const Part& part, Range rows, int64_t to_row, float* scratch) const;
   void step(
       const Part& part, int64_t t, Range rows, int64_t sums_row, const void* h, int64_t h_row, float* scratch) const;
@@ -77,18 +85,16 @@ LstmForm forward_form(const LstmShape& shape, const LstmArgs& args) {
   return (form == LstmForm::panels && few) || (is_half(form) && fewest) ? LstmForm::rows : form;
 }
 
-ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
-    : shape(cpu_shape(args)), form(forward_form(shape, args)), save(keep) {
+ForwardLayer::ForwardLayer(const LstmArgs& args, const LstmShape& sizes, bool keep)
+    : shape(sizes), form(forward_form(shape, args)), gates_type(lstm_type(args.input.scalar_type())), save(keep) {
   const LstmShape& s = shape;
-  input = operand(args.input, form).view({s.rows, s.inputs});
+  input = operand(args.input, form);
   h0 = operand(args.h0, form);
-  cell = padded_state(args.c0, s.units());
+  cell = copy_of_state(args.c0, s.units());
   const auto floats = args.input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
   out = with_huge_pages(
       at::empty({s.rows, s.directions * s.state}, is_half(form) ? args.input.options() : floats));
   if (s.projection) m = kept_empty({s.directions, s.batch, s.hidden}, floats);
-  gates = at::empty({0}, args.input.options());
-  cells = at::empty({0}, floats);
   if (save) {
     gates = kept_empty({s.rows, s.directions, 4 * s.units()}, args.input.options());
     cells = kept_empty({s.rows, s.directions, s.units()}, floats);
@@ -110,7 +116,7 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, bool keep)
       one.sums = kept_empty({ahead * s.batch, 4 * s.units()}, floats);
     }
     if (ahead == 0 && first)
-      one.sums = linear(input, dense_float(weight[0]), one.bias);
+      one.sums = linear(input.view({s.rows, s.inputs}), dense_float(weight[0]), one.bias);
     else if (form == LstmForm::rows)
       one.rows_x = as_it_is(weight[0]);
     else
@@ -172,7 +178,7 @@ void ForwardLayer::step(
   s.m = shape.projection ? at_element(m, (d * shape.batch + rows.begin) * shape.hidden)
                          : at_element(out, row * shape.directions * shape.state + d * shape.state);
   s.m_row = shape.projection ? shape.hidden : shape.directions * shape.state;
-  s.gates_type = lstm_type(gates.scalar_type());
+  s.gates_type = gates_type;
   if (save) {
     const int64_t saved = row * shape.directions + d;
     s.gates = at_element(gates, saved * 4 * units);
@@ -231,7 +237,7 @@ void ForwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) cons
       barrier.wait();
       project(part, t, rows, scratch);
     }
-    if (!rows.empty()) barrier.wait();
+    if (!rows.empty() && i + 1 < shape.steps) barrier.wait();
     there = active;
     before = t;
   }
@@ -240,11 +246,9 @@ void ForwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) cons
 }  // namespace
 
 LstmForward lstm_forward_cpu(const LstmArgs& args, bool save) {
-  const ForwardLayer layer(args, save);
+  const ForwardLayer layer(args, cpu_shape(args), save);
   const LstmShape& s = layer.shape;
-  run_parts(s, layer.form, [&](const Part& part, Barrier& barrier, float* scratch) {
-    layer.walk(part, barrier, scratch);
-  });
+  layer.run();
 
   const auto type = args.input.scalar_type();
   at::Tensor h_n = at::empty_like(layer.h0);
@@ -267,9 +271,18 @@ LstmForward lstm_forward_cpu(const LstmArgs& args, bool save) {
   }
   std::vector<int64_t> sizes(args.input.sizes().begin(), args.input.sizes().end());
   sizes.back() = s.directions * s.state;
-  const at::Tensor c_n = layer.cell.narrow(2, 0, s.hidden).to(type);
-  return {layer.out.to(type).view(sizes), h_n.to(type), c_n.is_contiguous() ? c_n : c_n.contiguous(), layer.gates,
-          layer.cells};
+  const auto saved = [&](const at::Tensor& tensor, at::ScalarType dtype) {
+    return save ? tensor : at::empty({0}, args.input.options().dtype(dtype));
+  };
+  return {as_type(layer.out, type).view(sizes), as_type(h_n, type), layer.c_n(type), saved(layer.gates, type),
+          saved(layer.cells, at::kFloat)};
+}
+
+LstmCellForward lstm_cell_forward_cpu(const LstmArgs& args, bool save) {
+  const ForwardLayer layer(args, cpu_shape(args, true), save);
+  layer.run();
+  const auto type = args.input.scalar_type();
+  return {as_type(layer.out, type), layer.c_n(type), layer.gates, layer.cells};
 }
 
 }  // namespace fastattn

@@ -13,7 +13,7 @@
 
 namespace fastattn {
 
-at::Tensor dense_float(const at::Tensor& tensor) { return tensor.to(at::kFloat).contiguous(); }
+at::Tensor dense_float(const at::Tensor& tensor) { return as_type(tensor, at::kFloat).contiguous(); }
 
 Type lstm_type(at::ScalarType type) {
   return type == at::kHalf ? Type::half : type == at::kBFloat16 ? Type::bfloat16 : Type::single;
@@ -31,9 +31,9 @@ static void for_each(int64_t count, bool many, F f) {
 // Numbers to copy that are worth waking threads for.
 constexpr int64_t kManyNumbers = 1 << 17;
 
-LstmShape cpu_shape(const LstmArgs& args) {
+LstmShape cpu_shape(const LstmArgs& args, bool cell) {
   TORCH_CHECK_VALUE(args.input.device().is_cpu(), "input: got device ", args.input.device(), ", expected the CPU");
-  return lstm_shape(args);
+  return cell ? lstm_cell_shape(args) : lstm_shape(args);
 }
 
 // Whether the products among the steps may be split: their inputs can. What h and the gradients become stays within the
@@ -130,7 +130,16 @@ at::Tensor from_gate_blocks(const at::Tensor& blocks, int64_t hidden, int64_t di
 }
 
 at::Tensor padded_state(const at::Tensor& state, int64_t units) {
-  return at::constant_pad_nd(dense_float(state), {0, units - state.size(-1)});
+  const at::Tensor dense = dense_float(state);
+  return state.size(-1) == units ? dense : at::constant_pad_nd(dense, {0, units - state.size(-1)});
+}
+
+at::Tensor copy_of_state(const at::Tensor& state, int64_t units) {
+  const at::Tensor padded = padded_state(state, units);
+  if (!padded.is_same(state)) return padded;
+  at::Tensor copy = at::empty(padded.sizes(), padded.options());
+  if (copy.numel() > 0) std::memcpy(copy.data_ptr(), padded.const_data_ptr(), copy.nbytes());
+  return copy;
 }
 
 at::Tensor states_before(const LstmShape& shape, int64_t d, const at::Tensor& out, const at::Tensor& h0) {

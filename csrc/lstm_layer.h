@@ -11,10 +11,15 @@ namespace fastattn {
 // `tensor` as contiguous float32: itself where it is that.
 at::Tensor dense_float(const at::Tensor& tensor);
 
+// `tensor` as that type: itself where it is that, without asking torch, which for a cell counts.
+inline at::Tensor as_type(const at::Tensor& tensor, at::ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : tensor.to(type);
+}
+
 Type lstm_type(at::ScalarType type);
 
-// lstm_shape, for tensors on the CPU.
-LstmShape cpu_shape(const LstmArgs& args);
+// lstm_shape, or lstm_cell_shape, for tensors on the CPU.
+LstmShape cpu_shape(const LstmArgs& args, bool cell = false);
 
 // How the products of a call are made, in the types of its tensors; `gradients` are operands, too. Products are split
 // where a step has `least_rows` on average.
@@ -42,8 +47,9 @@ Floats pack_columns(const at::Tensor& matrix, LstmForm form);
 at::Tensor gate_blocks(const at::Tensor& gates, int64_t hidden, int64_t dim = 0);
 at::Tensor from_gate_blocks(const at::Tensor& blocks, int64_t hidden, int64_t dim = 0);
 
-// A copy of states (..., H) as float32 (..., Hr), zeros beyond H.
+// States (..., H) as float32 (..., Hr), zeros beyond H: themselves where they are that, and a copy in any case.
 at::Tensor padded_state(const at::Tensor& state, int64_t units);
+at::Tensor copy_of_state(const at::Tensor& state, int64_t units);
 
 // h_{t-1} of every row in direction d, (N, P), from out (N, D P) and h0 (D, B, P): contiguous, of one type.
 at::Tensor states_before(const LstmShape& shape, int64_t d, const at::Tensor& out, const at::Tensor& h0);

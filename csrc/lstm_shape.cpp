@@ -54,44 +54,56 @@ void set_steps(LstmShape& shape, const LstmArgs& args) {
       shape.first.back());
 }
 
-// Of one layer in its directions, or of a stack of layers in one.
-LstmShape shape_of(const LstmArgs& args, bool stacked) {
+// One layer in its directions, a stack of layers in one, or a cell, whose tensors lack the first dimension of a layer's.
+enum class Kind : uint8_t { layer, stack, cell };
+
+LstmShape shape_of(const LstmArgs& args, Kind kind) {
   const at::Tensor& input = args.input;
+  const bool stacked = kind == Kind::stack, cell = kind == Kind::cell;
   LstmShape shape{};
   shape.packed = args.batch_sizes.has_value();
   TORCH_CHECK_VALUE(
-      input.dim() == (shape.packed ? 2 : 3), "input: got shape ", input.sizes(), ", expected ",
-      shape.packed ? "(N, I) beside batch_sizes" : "(T, B, I)");
+      input.dim() == (shape.packed || cell ? 2 : 3), "input: got shape ", input.sizes(), ", expected ",
+      cell ? "(B, I)" : shape.packed ? "(N, I) beside batch_sizes" : "(T, B, I)");
   const auto type = input.scalar_type();
   TORCH_CHECK_TYPE(
       type == at::kFloat || type == at::kHalf || type == at::kBFloat16, "input: got dtype ", type,
       ", expected float32, float16 or bfloat16");
   TORCH_CHECK_VALUE(input.layout() == at::kStrided, "input: got a ", input.layout(), " tensor, expected a strided one");
+  const int64_t dims = cell ? 2 : 3;
   TORCH_CHECK_VALUE(
-      args.h0.dim() == 3 && args.h0.size(0) >= 1 && (stacked || args.h0.size(0) <= 2), "h0: got shape ",
-      args.h0.sizes(), ", expected ", stacked ? "(L, B, H), L at least 1" : "(D, B, P), D 1 or 2");
+      args.h0.dim() == dims && (cell || (args.h0.size(0) >= 1 && (stacked || args.h0.size(0) <= 2))),
+      "h0: got shape ", args.h0.sizes(), ", expected ",
+      cell ? "(B, H)" : stacked ? "(L, B, H), L at least 1" : "(D, B, P), D 1 or 2");
   TORCH_CHECK_VALUE(
-      args.c0.dim() == 3, "c0: got shape ", args.c0.sizes(), ", expected ", stacked ? "(L, B, H)" : "(D, B, H)");
-  const int64_t parts = args.h0.size(0);
+      args.c0.dim() == dims, "c0: got shape ", args.c0.sizes(), ", expected ",
+      cell ? "(B, H)" : stacked ? "(L, B, H)" : "(D, B, H)");
+  const int64_t parts = cell ? 1 : args.h0.size(0);
   shape.directions = stacked ? 1 : parts;
   shape.layers = stacked ? parts : 1;
-  shape.batch = args.h0.size(1);
-  shape.state = args.h0.size(2);
-  shape.hidden = args.c0.size(2);
+  shape.batch = args.h0.size(-2);
+  shape.state = args.h0.size(-1);
+  shape.hidden = args.c0.size(-1);
   shape.inputs = input.size(-1);
-  shape.steps = shape.packed ? 0 : input.size(0);
-  shape.rows = shape.packed ? input.size(0) : shape.steps * input.size(1);
+  shape.steps = shape.packed ? 0 : cell ? 1 : input.size(0);
+  shape.rows = shape.packed ? input.size(0) : shape.steps * input.size(-2);
   TORCH_CHECK_VALUE(shape.hidden >= 1 && shape.state >= 1, "h0, c0: got no hidden units");
-  if (!shape.packed) check_like("input", input, {shape.steps, shape.batch, shape.inputs}, input);
-  check_like("h0", args.h0, {parts, shape.batch, shape.state}, input);
-  check_like("c0", args.c0, {parts, shape.batch, shape.hidden}, input);
+  const auto check = [&](const char* name, const at::Tensor& tensor, int64_t first, int64_t features) {
+    const int64_t sizes[] = {first, shape.batch, features};
+    check_like(name, tensor, at::IntArrayRef(sizes).slice(cell ? 1 : 0), input);
+  };
+  if (!shape.packed) check("input", input, shape.steps, shape.inputs);
+  check("h0", args.h0, parts, shape.state);
+  check("c0", args.c0, parts, shape.hidden);
   set_steps(shape, args);
 
   const int64_t count = static_cast<int64_t>(args.weights.size());
   const int64_t each = count / parts;
   TORCH_CHECK_VALUE(
-      count % parts == 0 && each >= 2 && each <= 5 && !(stacked && each % 2 == 1), "weights: got ", count,
-      " tensors for ", parts, stacked ? " layers, expected 2 or 4" : " directions, expected 2, 3, 4 or 5", " for each");
+      count % parts == 0 && each >= 2 && each <= 5 && (kind == Kind::layer || each % 2 == 0), "weights: got ", count,
+      " tensors for ", parts,
+      cell ? " cell, expected 2 or 4" : stacked ? " layers, expected 2 or 4" : " directions, expected 2, 3, 4 or 5",
+      " for each");
   shape.biases = each >= 4;
   shape.projection = each % 2 == 1;
   TORCH_CHECK_VALUE(
@@ -113,14 +125,17 @@ LstmShape shape_of(const LstmArgs& args, bool stacked) {
   return shape;
 }
 
-// What the backward of one layer and of a stack gets; gates are (first, second, 4 Hr), cells (first, second, Hr).
+std::vector<int64_t> out_sizes(const LstmShape& shape, const LstmArgs& args) {
+  std::vector<int64_t> sizes(args.input.sizes().begin(), args.input.sizes().end());
+  sizes.back() = shape.directions * shape.state;
+  return sizes;
+}
+
+// What every backward gets; gates are (first, second, 4 Hr), cells (first, second, Hr).
 void check_backward(
-    const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out,
-    const at::Tensor& gates, const at::Tensor& cells, int64_t first, int64_t second) {
-  std::vector<int64_t> out_sizes(args.input.sizes().begin(), args.input.sizes().end());
-  out_sizes.back() = shape.directions * shape.state;
-  check_like("out", out, out_sizes, args.input);
-  if (grad.out) check_like("grad_out", *grad.out, out_sizes, args.input);
+    const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& gates,
+    const at::Tensor& cells, int64_t first, int64_t second) {
+  if (grad.out) check_like("grad_out", *grad.out, out_sizes(shape, args), args.input);
   if (grad.h_n) check_like("grad_h_n", *grad.h_n, args.h0.sizes(), args.input);
   if (grad.c_n) check_like("grad_c_n", *grad.c_n, args.c0.sizes(), args.input);
   check_like("gates", gates, {first, second, 4 * shape.units()}, args.input);
@@ -134,20 +149,34 @@ void check_backward(
 
 }  // namespace
 
-LstmShape lstm_shape(const LstmArgs& args) { return shape_of(args, false); }
+LstmShape lstm_shape(const LstmArgs& args) { return shape_of(args, Kind::layer); }
 
-LstmShape lstm_layers_shape(const LstmArgs& args) { return shape_of(args, true); }
+LstmShape lstm_layers_shape(const LstmArgs& args) { return shape_of(args, Kind::stack); }
+
+LstmShape lstm_cell_shape(const LstmArgs& args) { return shape_of(args, Kind::cell); }
 
 void check_lstm_backward(
     const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out,
     const at::Tensor& gates, const at::Tensor& cells) {
-  check_backward(shape, grad, args, out, gates, cells, shape.rows, shape.directions);
+  check_like("out", out, out_sizes(shape, args), args.input);
+  check_backward(shape, grad, args, gates, cells, shape.rows, shape.directions);
+}
+
+void check_lstm_step_backward(
+    const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& gates,
+    const at::Tensor& cells) {
+  TORCH_CHECK_VALUE(
+      shape.steps == 1 && shape.directions == 1 && !shape.projection && !shape.packed, "input: got ", shape.steps,
+      " steps in ", shape.directions, " directions", shape.projection ? " with a projection" : "",
+      shape.packed ? ", packed" : "", ", expected one padded step in one direction without a projection");
+  check_backward(shape, grad, args, gates, cells, shape.rows, shape.directions);
 }
 
 void check_lstm_layers_backward(
     const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out,
     const at::Tensor& gates, const at::Tensor& cells, const at::Tensor& states) {
-  check_backward(shape, grad, args, out, gates, cells, shape.layers, shape.rows);
+  check_like("out", out, out_sizes(shape, args), args.input);
+  check_backward(shape, grad, args, gates, cells, shape.layers, shape.rows);
   check_like("states", states, {shape.layers - 1, shape.rows, shape.hidden}, args.input);
 }
 

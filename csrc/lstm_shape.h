@@ -31,13 +31,17 @@ void check_like(const std::string& name, const at::Tensor& tensor, at::IntArrayR
 // Throws c10::ValueError or TypeError, naming the argument, unless everything in `args` fits together.
 LstmShape lstm_shape(const LstmArgs& args);
 
-// Likewise for a stack of layers.
+// Likewise for a stack of layers, and for a cell.
 LstmShape lstm_layers_shape(const LstmArgs& args);
+LstmShape lstm_cell_shape(const LstmArgs& args);
 
-// Likewise for what a backward gets beside them.
+// Likewise for what a backward gets beside them; that of a step gets no out.
 void check_lstm_backward(
     const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out,
     const at::Tensor& gates, const at::Tensor& cells);
+void check_lstm_step_backward(
+    const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& gates,
+    const at::Tensor& cells);
 void check_lstm_layers_backward(
     const LstmShape& shape, const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out,
     const at::Tensor& gates, const at::Tensor& cells, const at::Tensor& states);

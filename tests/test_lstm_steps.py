@@ -132,6 +132,23 @@ def test_weights_updated_between_iterations() -> None:
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("hidden", [7, 16])
+def test_states_changed_in_place(hidden: int) -> None:
+    """As a loop does that stops finished sequences: the backward needs no result as it was."""
+    ours, theirs = fastattn.LSTMCell(INPUTS, hidden), nn.LSTMCell(INPUTS, hidden).double()
+    theirs.load_state_dict(ours.state_dict())
+    going = torch.tensor([[1.0], [0.0], [1.0]])
+    for cell in (ours, theirs):
+        state, total = None, going.new_zeros((), dtype=cell.weight_ih.dtype)
+        for step in data_of(cell):
+            state = cell(step, state)
+            for tensor in state:
+                tensor.mul_(going.to(tensor.dtype))
+            total = total + state[0].sin().sum() + state[1].sum()
+        total.backward()
+    assert_same(ours, theirs)
+
+
 def test_weights_changed_under_a_graph_are_refused() -> None:
     cell = pair()[0]
     loss = walk(cell, data())
@@ -166,7 +183,7 @@ def test_same_bits_at_every_run() -> None:
     "change",
     [
         {"h0": torch.zeros(1, BATCH, HIDDEN + 1)},
-        {"out": torch.zeros(1, BATCH, HIDDEN + 1)},
+        {"grad_out": torch.zeros(1, BATCH, HIDDEN + 1)},
         {"gates": torch.zeros(1)},
         {"cells": torch.zeros(BATCH, 1, 16, dtype=torch.float64)},
     ],
@@ -176,18 +193,18 @@ def test_malformed_calls_of_the_extension(change: dict[str, Tensor]) -> None:
     weights = [torch.zeros(4 * HIDDEN, INPUTS), torch.zeros(4 * HIDDEN, HIDDEN)]
     zeros = torch.zeros(1, BATCH, HIDDEN)
     given: dict[str, Any] = {"input": torch.zeros(1, BATCH, INPUTS), "h0": zeros, "c0": zeros, "weights": weights}
-    out, _, _, gates, cells = extension.forward["cpu"](given["input"], None, zeros, zeros, weights, True)
-    given |= {"out": out, "gates": gates, "cells": cells} | change
+    *_, gates, cells = extension.forward["cpu"](given["input"], None, zeros, zeros, weights, True)
+    given = {"grad_out": zeros, "grad_h_n": None, "grad_c_n": None} | given | {"gates": gates, "cells": cells} | change
     with pytest.raises((ValueError, TypeError), match=next(iter(change))):
-        extension.step_backward(zeros, None, None, *given.values(), True)
+        extension.step_backward(*given.values(), True)
 
 
 def test_more_than_a_step_is_refused_by_the_extension() -> None:
     weights = [torch.zeros(4 * HIDDEN, INPUTS), torch.zeros(4 * HIDDEN, HIDDEN)]
     x, zeros = torch.zeros(2, BATCH, INPUTS), torch.zeros(1, BATCH, HIDDEN)
-    out, _, _, gates, cells = extension.forward["cpu"](x, None, zeros, zeros, weights, True)
+    *_, gates, cells = extension.forward["cpu"](x, None, zeros, zeros, weights, True)
     with pytest.raises(ValueError, match="got 2 steps in 1 directions, expected one padded step"):
-        extension.step_backward(None, None, None, x, zeros, zeros, weights, out, gates, cells, True)
+        extension.step_backward(None, None, None, x, zeros, zeros, weights, gates, cells, True)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +214,7 @@ def test_more_than_a_step_is_refused_by_the_extension() -> None:
         {"h0": torch.zeros(1, BATCH, HIDDEN)},
         {"c0": torch.zeros(BATCH, HIDDEN + 1)},
         {"weights": [torch.zeros(4 * HIDDEN, INPUTS)] * 2},
-        {"out": torch.zeros(BATCH, HIDDEN + 1)},
+        {"grad_out": torch.zeros(BATCH, HIDDEN + 1)},
         {"grad_h_n": torch.zeros(1, BATCH, HIDDEN)},
     ],
     ids=lambda change: next(iter(change)),
@@ -206,11 +223,11 @@ def test_malformed_calls_of_a_cell(change: dict[str, Any]) -> None:
     weights = [torch.zeros(4 * HIDDEN, INPUTS), torch.zeros(4 * HIDDEN, HIDDEN)]
     zeros, name = torch.zeros(BATCH, HIDDEN), next(iter(change))
     given: dict[str, Any] = {"input": torch.zeros(BATCH, INPUTS), "h0": zeros, "c0": zeros, "weights": weights}
-    out, _, _, gates, cells = extension.cell_forward(*given.values(), True)
-    kept = {"out": out, "gates": gates, "cells": cells}
+    _, _, gates, cells = extension.cell_forward(*given.values(), True)
+    kept = {"gates": gates, "cells": cells}
     grads = {"grad_out": None, "grad_h_n": zeros, "grad_c_n": None}
     with pytest.raises((ValueError, TypeError), match=name.replace("weights", r"weights\[")):
-        extension.cell_backward(*(grads | given | kept | change).values(), True)
+        extension.step_backward(*(grads | given | kept | change).values(), True)
     if name in given:
         with pytest.raises((ValueError, TypeError)):
             extension.cell_forward(*(given | change).values(), True)

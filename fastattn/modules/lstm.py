@@ -159,7 +159,7 @@ class LSTM(RNNBase):
         tensors = (h0, c0, *weights)
         dtype = recurrent.autocast_dtype(data, tensors)
         names = ("hidden[0]", "hidden[1]", *self._flat_weights_names)
-        recurrent.check_alike("LSTM", data, zip(names, tensors, strict=True), dtypes=dtype is None)
+        recurrent.check_alike("LSTM", data, names, tensors, dtypes=dtype is None)
         return data, batch_sizes, h0, c0, dtype
 
     def _batched(self, input: Any, hx: State | None) -> tuple[Tensor, State | None]:

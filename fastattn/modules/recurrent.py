@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastattn import double_backward, reference_lstm  # noqa: F401  double_backward registers itself
 from fastattn.dispatch import Backend
+from fastattn.kernels import onlookers
 from fastattn.kernels.lstm import layer as kernels
 from fastattn.validation import autocast_enabled
 
@@ -28,10 +29,14 @@ def check_state(owner: str, hx: Any) -> None:
             raise TypeError(f"{owner}: hx[{place}]: got {type(tensor).__name__}, expected a torch.Tensor")
 
 
-def check_alike(owner: str, input: Tensor, named: Iterable[tuple[str, Tensor]], dtypes: bool) -> None:
+def check_alike(
+    owner: str, input: Tensor, names: Sequence[str], tensors: Sequence[Tensor], dtypes: bool
+) -> None:
     """Raise RuntimeError unless all tensors have the input's device, and its dtype where ``dtypes`` asks for it."""
+    if onlookers.alike(input, *tensors):
+        return
     device, dtype = input.device, input.dtype
-    for name, tensor in named:
+    for name, tensor in zip(names, tensors, strict=False):  # a cell without biases has two names more
         if tensor.device != device:
             raise RuntimeError(f"{owner}: {name}: got device {tensor.device}, expected the input's {device}")
         if dtypes and tensor.dtype != dtype:

@@ -30,12 +30,12 @@ layers_forward: dict[str, Any] = {"cuda": getattr(_extension, "lstm_layers_forwa
 layers_backward: dict[str, Any] = {"cuda": getattr(_extension, "lstm_layers_backward_cuda", None)}
 # (dtype, layers, steps, batch, hidden) -> how many layers run side by side, in the forward and in the backward.
 layers_together: Any = getattr(_extension, "lstm_cuda_layers_together", None)
-# Of one step on the CPU: (grad_out, grad_h_n, grad_c_n, input, h0, c0, weights, out, gates, cells, input_grad) ->
-# gradients of input, h0, c0 and of the step's sums (B, 4H).
-step_backward: Any = getattr(_extension, "lstm_step_backward", None)
-# A cell has input (B, I) and states (B, H): (input, h0, c0, weights, save) -> as ``forward``; as ``step_backward``.
+# Of a cell on the CPU, input (B, I) and states (B, H): (input, h0, c0, weights, save) -> h_1, c_1, gates, cells, the
+# last two None unless ``save``.
 cell_forward: Any = getattr(_extension, "lstm_cell_forward", None)
-cell_backward: Any = getattr(_extension, "lstm_cell_backward", None)
+# Of one step on the CPU, a cell's or a layer's: (grad_out, grad_h_n, grad_c_n, input, h0, c0, weights, gates, cells,
+# input_grad) -> gradients of input, h0, c0 and of the step's sums (B, 4H). A cell has no grad_out.
+step_backward: Any = getattr(_extension, "lstm_step_backward", None)
 
 
 def why_unavailable(backend: str) -> str | None:

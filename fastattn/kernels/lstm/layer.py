@@ -57,9 +57,9 @@ def lstm_cell(input: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor]) -> t
     if onlookers.present(input, h0, c0, *weights):
         return None
     if not _needs_grad(input, h0, c0, weights):
-        _, h_1, c_1, _, _ = extension.cell_forward(input, h0, c0, weights, False)
+        h_1, c_1, _, _ = extension.cell_forward(input, h0, c0, weights, False)
     elif steps.serve_cell(weights):
-        _, h_1, c_1 = steps.step(input, h0, c0, weights)
+        h_1, c_1 = steps.step(input, h0, c0, weights)
     else:
         return None
     return h_1, c_1

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fastattn.kernels.attention.extension import mm
 from fastattn.kernels.lstm import autograd, extension
-from fastattn.kernels.lstm.stack import Results
 
 # Rows whose part in the gradients of the weights is taken at a time: what waits for it stays small beside the weights,
 # and writing the gradients once more costs little beside the product of so many rows.
@@ -99,8 +98,11 @@ def serve_cell(weights: Sequence[Tensor]) -> bool:
     return any(weight.requires_grad for weight in weights) and all(weight.is_leaf for weight in weights)
 
 
-def step(input: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor]) -> Results:
-    """out, h_n and c_n, by the extension on the CPU, of a layer or a cell for which one of the two above is true."""
+def step(input: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """out, h_n and c_n of a layer, h_1 and c_1 of a cell, by the extension on the CPU.
+
+    One of the two above is true for it.
+    """
     key = tuple((id(weight), weight.requires_grad) for weight in weights)
     shared = _in_use.get(key)
     if shared is not None:
@@ -141,30 +143,30 @@ class _Step(torch.autograd.Function):
     """One step of the extension: a layer's, input (1, B, I) and states (1, B, H), or a cell's, (B, I) and (B, H)."""
 
     @staticmethod
-    def forward(ctx: Any, shared: _Shared, token: Tensor, *inputs: Tensor) -> Results:
+    def forward(ctx: Any, shared: _Shared, token: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         input, h0, c0, *weights = inputs
         if _of_a_cell(input):
-            out, h_n, c_n, gates, cells = extension.cell_forward(input, h0, c0, weights, True)
+            *results, gates, cells = extension.cell_forward(input, h0, c0, weights, True)
         else:
-            out, h_n, c_n, gates, cells = extension.forward["cpu"](input, None, h0, c0, weights, True)
+            *results, gates, cells = extension.forward["cpu"](input, None, h0, c0, weights, True)
         ctx.shared = shared
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out, gates, cells, input, h0, c0, *weights)
-        return out, h_n, c_n
+        ctx.save_for_backward(gates, cells, input, h0, c0, *weights)  # no result: all may be changed in place
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        out, gates, cells, input, h0, c0, *weights = ctx.saved_tensors
+        gates, cells, input, h0, c0, *weights = ctx.saved_tensors
         needed, cell = ctx.needs_input_grad[2:], _of_a_cell(input)
+        if cell:
+            grads = (None, *grads)
         if _compiled() or not autograd.extension_serves(grads):
+            tensors = (input, h0, c0)
             if cell:
-                input, h0, c0, out = _as_layer((input, h0, c0, out))
-                grads = _as_layer(grads)
-            tensors, saved = (input, h0, c0, *weights), (out, gates, cells)
-            found = autograd.past_extension("cpu", tensors, needed, None, saved, grads)
-            return None, out.new_zeros(0), *(_as_cell(found[:3]) if cell else found[:3]), *found[3:]
-        backward = extension.cell_backward if cell else extension.step_backward
-        dinput, dh0, dc0, dsums = backward(*grads, input, h0, c0, weights, out, gates, cells, needed[0])
+                tensors, grads = _as_layer(tensors), _as_layer(grads)
+            found = autograd.past_extension("cpu", (*tensors, *weights), needed, None, None, grads)
+            return None, gates.new_zeros(0), *(_as_cell(found[:3]) if cell else found[:3]), *found[3:]
+        dinput, dh0, dc0, dsums = extension.step_backward(*grads, input, h0, c0, weights, gates, cells, needed[0])
         if torch._C._will_engine_execute_node(ctx.shared.token.grad_fn):
             pending = ctx.shared.pending.setdefault(torch._C._current_graph_task_id(), _Pending())
             # Without their graph, which through this node would hold what holds them.
@@ -188,7 +190,7 @@ def _as_cell(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
 
 
 _weight_gradients: Callable[..., Tensor] = _WeightGradients.apply
-_step: Callable[..., Results] = _Step.apply
+_step: Callable[..., tuple[Tensor, ...]] = _Step.apply
 
 
 def _next(tensor: Tensor) -> tuple[Any, ...]:
