@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +30,7 @@ ATTENTION_BACKENDS = (Backend.TRITON, Backend.CPU, Backend.SDPA, Backend.REFEREN
 LSTM_BACKENDS = (Backend.CUDA, Backend.CPU, Backend.TORCH, Backend.REFERENCE)
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What a call asks for, without the sequence lengths: a compiled choice must not change from length to length."""
 
     device_type: str
@@ -48,7 +48,7 @@ class Request:
     sinks: bool = False
     segments: bool = False
     compiling: bool = False
-    tiny: bool = False  # a call's overhead decides; never while compiling
+    tiny: bool = False  # a call with gradients whose overhead decides; never while compiling
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class Explanation:
 
 
 MAX_HEAD_DIM = 256
-# Multiplications of Q K^T below which torch's function, an operator in C++, returns before ours has been reached
-# through Python; without and with gradients. Near these both took the same time on one thread of an EPYC of Zen 5; with
-# a tenth ours took 1.3 times torch's, with ten times as many 0.5 to 0.8. Torch's kernels for half precision are slower,
-# for one query up to 20 times.
-_TINY = (1 << 19, 1 << 21)
-_TINY_HALF = (1 << 16, 1 << 16)
+# Multiplications of Q K^T below which torch's function, whose graph is made in C++, returns before ours has been
+# reached through Python. Near these both took the same time on one thread of an EPYC of Zen 5; with a tenth ours took
+# 1.3 times torch's, with ten times as many 0.5 to 0.8. Torch's kernels for half precision are slower, for one query up
+# to 20 times. Without gradients the way is short (``plain_call``), and ours took less time than the way to torch's
+# function at all sizes: 0.94 with (2, 4, 16, 64), 0.77 with (1, 1, 1, 16), 0.55 to 0.75 with more.
+_TINY, _TINY_HALF = 1 << 21, 1 << 16
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # A plain global: torch.compile guards on it, and recompiles when it changes; it cannot trace a ContextVar.
 _forced: Backend | None = None
@@ -102,10 +102,9 @@ def forced_backend() -> Backend | None:
     return _forced
 
 
-def tiny(query: Tensor, key: Tensor, gradients: bool) -> bool:
-    """Whether a call of (B, H, L, D) and (B, Hkv, S, D) on the CPU costs little more than reaching a kernel."""
-    limit = (_TINY if query.dtype == torch.float32 else _TINY_HALF)[gradients]
-    return query.numel() * key.shape[2] < limit
+def tiny(query: Tensor, key: Tensor) -> bool:
+    """Whether a call of (B, H, L, D), (B, Hkv, S, D) with gradients costs the CPU little more than its graph does."""
+    return query.numel() * key.shape[2] < (_TINY if query.dtype == torch.float32 else _TINY_HALF)
 
 
 def why_not(name: Backend, request: Request) -> str | None:

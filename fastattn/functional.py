@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastattn import double_backward, reference, sdpa, validation  # noqa: F401  double_backward registers itself
+from fastattn import (
+    double_backward,  # noqa: F401  double_backward registers itself
+    plain_call,
+    reference,
+    sdpa,
+    validation,
+)
 from fastattn.dispatch import Backend, Explanation, Request, choose, tiny
 from fastattn.dispatch import explain as explain_request
 from fastattn.kernels.attention import op  # noqa: F401  registers torch.ops.fastattn
 
 
-@dataclass(frozen=True)
-class _Problem:
+class _Problem(NamedTuple):
     """A checked call: query (B, H, L, D), masks in four and two dimensions, the band of the causal mask and window."""
 
     query: Tensor
@@ -100,6 +104,14 @@ def scaled_dot_product_attention(
         TypeError, ValueError: naming the argument, what was given and what is allowed.
         RuntimeError: a backend forced with ``fastattn.backend`` cannot serve the call.
     """
+    if (
+        attn_mask is None and key_padding_mask is None and window is None and softcap is None and alibi_slopes is None
+        and sinks is None and segment_ids is None and type(dropout_p) is float and dropout_p == 0.0
+        and need_weights is False and average_weights is True and return_lse is False and deterministic is True
+    ):  # fmt: skip
+        output = plain_call.attention(query, key, value, is_causal, scale, enable_gqa, causal_alignment)
+        if output is not None:
+            return output
     problem = _prepare(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_padding_mask, window, softcap,
         alibi_slopes, sinks, segment_ids, causal_alignment, need_weights, average_weights, return_lse, deterministic,
@@ -207,7 +219,7 @@ def _prepare(
         sinks=sinks is not None,
         segments=segment_query is not None,
         compiling=compiling,
-        tiny=not compiling and tiny(query, key, _gradients(query, key, value)),
+        tiny=not compiling and _gradients(query, key, value) and tiny(query, key),
     )
     return _Problem(
         query, key, value, attn_mask, key_padding_mask, dropout_p, scale, cap, alibi_slopes, shift, segment_query,

@@ -16,15 +16,25 @@ _plain: Any = getattr(extension, "plain", lambda *_: False)
 
 def present(*tensors: Tensor) -> bool:
     """Whether somebody looks on: a compiler, a tracer, a mode, or a tensor that is more or other than its numbers."""
-    if torch.compiler.is_compiling():
-        return True
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+    if _watching():
         return True
     if _plain(*tensors):
         return False
     return any(type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor() for tensor in tensors)
 
 
+def absent(*tensors: Tensor) -> bool:
+    """True only if nobody looks on, and the tensors have one dtype and one device; False asks for a closer look."""
+    return not _watching() and bool(_plain(*tensors))
+
+
 def alike(*tensors: Tensor) -> bool:
     """True only if the tensors have one dtype and one device; False also says that a closer look is needed."""
     return not torch.compiler.is_compiling() and bool(_plain(*tensors))
+
+
+def _watching() -> bool:
+    """Whether a compiler, a tracer or a mode sees every operator."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
