@@ -100,7 +100,7 @@ for group in \
     "test_function and training and not additive" \
     "test_layers" \
     "test_module and not default" \
-    "few_queries or kv_cache" \
+    "few_queries or kv_cache or overhead" \
     "test_layer_norm or test_cell" \
     "varlen" \
     "additive"; do

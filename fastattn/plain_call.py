@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from fastattn import sdpa, transforms
-from fastattn.dispatch import Backend, Request, choose
+from fastattn.dispatch import Backend, Request, choose, forced_backend
 from fastattn.kernels import onlookers
-from fastattn.kernels.attention import extension, launch
+from fastattn.kernels.attention import extension, launch, prepared
 
-_KERNELS = {Backend.CPU: extension.attention, Backend.TRITON: launch.attention}
-# attn_mask, key_padding_mask, alibi_slopes, segments of queries and keys, seed: see ``kernels.attention.op``.
-_NOTHING = (None,) * 6
+_SCALES = (float, type(None))
 
 
 def attention(
@@ -34,29 +32,36 @@ def attention(
         return None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return None
-    shape, of_keys, device_type = query.shape, key.shape, query.device.type
+    if (type(is_causal), type(enable_gqa), type(alignment)) != (bool, bool, str) or type(scale) not in _SCALES:
+        return None
+    device_type, forced, kind = query.device.type, forced_backend(), None
+    if torch.is_autocast_enabled(device_type):
+        return None
+    if forced is Backend.TRITON or (forced is None and device_type == "cuda" and launch.VERIFIED):
+        kind = prepared.kind_of(query, key, value, is_causal, scale, enable_gqa, alignment)
+        found = prepared.again(kind, query, key, value)
+        if found is not None:
+            return found
+    shape, of_keys = query.shape, key.shape
     if len(shape) != 4 or of_keys != value.shape or len(of_keys) != 4 or 0 in shape or 0 in of_keys:
         return None
     (batch, heads, rows, dim), (key_batch, key_heads, columns, key_dim) = shape, of_keys
-    if key_batch != batch or key_dim != dim or torch.is_autocast_enabled(device_type):
-        return None
-    if type(is_causal) is not bool or type(enable_gqa) is not bool:
-        return None
-    if key_heads != heads and not (enable_gqa and heads % key_heads == 0):
+    if key_batch != batch or key_dim != dim or (key_heads != heads and not (enable_gqa and heads % key_heads == 0)):
         return None
     top_left = alignment == "top-left"
     if not (top_left or alignment == "bottom-right"):
         return None
-    if scale is None:
-        scale = 1.0 / math.sqrt(dim)
-    elif type(scale) is not float or not math.isfinite(scale):
+    scale = 1.0 / math.sqrt(dim) if scale is None else scale
+    if not math.isfinite(scale):
         return None
-    backend = choose(Request(device_type, query.dtype, dim, dim, band=is_causal and not top_left))
     shift = 0 if top_left else columns - rows
     upper = shift if is_causal else None
+    backend = choose(Request(device_type, query.dtype, dim, dim, band=is_causal and not top_left))
     if backend is Backend.SDPA:
         return sdpa.attention(query, key, value, scale=scale, upper=upper)
-    kernel = _KERNELS.get(backend)
-    if kernel is None:
-        return None
-    return kernel(query, key, value, None, *_NOTHING, 0.0, scale, 0.0, shift, None, upper)[0]
+    if backend is Backend.CPU:
+        out, _ = extension.attention(query, key, value, None, *(None,) * 6, 0.0, scale, 0.0, shift, None, upper)
+        return out
+    if backend is Backend.TRITON and kind is not None:
+        return prepared.first(kind, query, key, value, scale, shift, upper)
+    return None

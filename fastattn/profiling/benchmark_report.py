@@ -21,6 +21,7 @@ _TITLES = {
     "test_module": "MultiheadAttention",
     "test_function": "scaled_dot_product_attention",
     "test_few_queries": "few queries",
+    "test_overhead": "overhead of a call",
     "test_additive": "additive_attention",
     "test_decode": "attention_with_kv_cache",
     "test_packed": "varlen_attention",

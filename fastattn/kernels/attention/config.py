@@ -46,6 +46,11 @@ def override(tile: Tile) -> Iterator[None]:
         _override = previous
 
 
+def overriding() -> Tile | None:
+    """The tile that is used for every kernel, if there is one."""
+    return _override
+
+
 def block_d(head_dim: int) -> int:
     """The head dimension as the kernels hold it: a power of two, at least the 16 a matrix product needs."""
     return max(16, 1 << (head_dim - 1).bit_length())

@@ -135,18 +135,26 @@ class Problem:
             tile = choose(described=False)
         return tile
 
-    def launch(self, name: str, kernel: Any, programs: Callable[[config.Tile], int], **arguments: Any) -> None:
-        """Run one kernel with the tile chosen for it; ``programs`` gives the size of the grid."""
+    def ready(
+        self, name: str, kernel: Any, programs: Callable[[config.Tile], int], **arguments: Any
+    ) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """One kernel with its grid, of the size that ``programs`` gives for its tile, and all of its arguments."""
         tile = self.tile(name, arguments)
         features = replace(self.features, ahead=tile.ahead, edge_stages=tile.edge_stages)
         if tile.descriptors:
             arguments |= descriptors.of(arguments, tile, config.block_d(self.head_dim))
+        arguments |= {
+            "masks": self.masks, "shape": self.shape, "F": features, "DIM": self.head_dim,
+            "BLOCK_D": config.block_d(self.head_dim), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+            "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers,
+        }  # fmt: skip
+        return kernel[(programs(tile),)], arguments
+
+    def launch(self, name: str, kernel: Any, programs: Callable[[config.Tile], int], **arguments: Any) -> None:
+        """Run one kernel; see ``ready``."""
+        start, given = self.ready(name, kernel, programs, **arguments)
         with on(self.device):
-            kernel[(programs(tile),)](
-                masks=self.masks, shape=self.shape, F=features, DIM=self.head_dim,
-                BLOCK_D=config.block_d(self.head_dim), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-                num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **arguments,
-            )  # fmt: skip
+            start(**given)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *problem: Any) -> tuple[Tensor, Tensor]:
@@ -165,14 +173,23 @@ def forward_pass(
         logsumexp[0] = float("-inf") if sinks is None else sinks.float()[:, None]
         logsumexp[1] = 0.0
         return out.zero_(), logsumexp
-    shared.launch(
+    start, given = forward_launch(shared, query, key, value, sinks, out, logsumexp)
+    with on(shared.device):
+        start(**given)
+    return out, logsumexp
+
+
+def forward_launch(
+    shared: Problem, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, out: Tensor, logsumexp: Tensor
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The forward kernel with its grid, and all of its arguments; for a problem that is not empty."""
+    return shared.ready(
         "forward",
         forward.attention_forward,
         lambda tile: triton.cdiv(shared.rows, tile.block_m) * shared.batch * shared.heads,
         query=_heads(query), key=_heads(key), value=_heads(value), sinks=sinks, out=_heads(out), logsumexp=logsumexp,
         scale=shared.score_scale, dropout=shared.dropout_arguments, packed=shared.packed,
     )  # fmt: skip
-    return out, logsumexp
 
 
 def attention_weights(query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any) -> Tensor:
