@@ -107,7 +107,7 @@ def scaled_dot_product_attention(
     if (
         attn_mask is None and key_padding_mask is None and window is None and softcap is None and alibi_slopes is None
         and sinks is None and segment_ids is None and type(dropout_p) is float and dropout_p == 0.0
-        and need_weights is False and average_weights is True and return_lse is False and deterministic is True
+        and need_weights is False and return_lse is False and type(average_weights) is bool and deterministic is True
     ):  # fmt: skip
         output = plain_call.attention(query, key, value, is_causal, scale, enable_gqa, causal_alignment)
         if output is not None:
