@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import kv_cache_op, transforms, validation  # noqa: F401  the first registers torch.ops.fastattn.kv_cache_*
+from fastattn import kv_cache_op, transforms, validation
 from fastattn.dispatch import MAX_HEAD_DIM, Backend, forced_backend
+from fastattn.kernels import onlookers
 from fastattn.kernels.attention import decode_launch, extension, launch
 
 _PAGE_MULTIPLE = 16
@@ -98,7 +99,9 @@ def attention_with_kv_cache(
         right = 0 if right is None else min(right, 0)
     backend = _choose(query, value_cache)
     appended = 0
-    ops = torch.ops.fastattn
+    new = () if new_key is None or new_value is None else (new_key, new_value)
+    watched = onlookers.present(query, key_cache, value_cache, *new) or onlookers.present(cache_lengths)
+    ops: Any = torch.ops.fastattn if watched else kv_cache_op.direct
     if new_key is not None:
         appended = new_key.shape[2]
         ops.kv_cache_append(key_cache, value_cache, new_key, new_value, cache_lengths, block_table, backend)
@@ -135,9 +138,7 @@ def _why_not(own: Backend, query: Tensor, value_cache: Tensor) -> str | None:
 
 
 def _check_caches(query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor | None) -> None:
-    tensors = {"query": query, "key_cache": key_cache, "value_cache": value_cache}
-    for name, tensor in tensors.items():
-        _check_like_query(name, tensor, query)
+    _check_like_query(query, query=query, key_cache=key_cache, value_cache=value_cache)
     if query.dtype not in validation.FLOATING:
         raise ValueError(f"query: got dtype {query.dtype}, allowed are float16, bfloat16, float32 and float64")
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
@@ -175,10 +176,10 @@ def _check_new(
     if new_key is None or new_value is None:
         missing = "new_key" if new_key is None else "new_value"
         raise ValueError(f"{missing}: got None, expected new_key and new_value, or neither")
+    _check_like_query(query, new_key=new_key, new_value=new_value)
     for name, new, cache_name, cache in (
         ("new_key", new_key, "key_cache", key_cache), ("new_value", new_value, "value_cache", value_cache),
     ):  # fmt: skip
-        _check_like_query(name, new, query)
         expected = (query.shape[0], cache.shape[1], new_key.shape[2], cache.shape[3])
         if tuple(new.shape) != expected:
             raise ValueError(f"{name}: got shape {tuple(new.shape)}, expected (B, Hkv, T, D) = {expected}")
@@ -186,17 +187,21 @@ def _check_new(
             raise ValueError(f"{cache_name}: got an expanded tensor, expected memory of its own to append to")
 
 
-def _check_like_query(name: str, tensor: Tensor, query: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-    if tensor.layout != torch.strided or tensor.is_nested:
-        raise ValueError(f"{name}: got layout {tensor.layout}, allowed is torch.strided (dense)")
-    if tensor.dim() != 4:
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected 4 dimensions (B, H, L, D)")
-    if tensor.dtype != query.dtype:
-        raise ValueError(f"{name}: got dtype {tensor.dtype}, expected query's {query.dtype}")
-    if tensor.device != query.device:
-        raise ValueError(f"{name}: got device {tensor.device}, expected query's {query.device}")
+def _check_like_query(query: Tensor, /, **tensors: Tensor) -> None:
+    alike = onlookers.alike(query, *tensors.values())
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+        if not alike and (tensor.layout != torch.strided or tensor.is_nested):
+            raise ValueError(f"{name}: got layout {tensor.layout}, allowed is torch.strided (dense)")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected 4 dimensions (B, H, L, D)")
+        if alike:
+            continue
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name}: got dtype {tensor.dtype}, expected query's {query.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected query's {query.device}")
 
 
 def _check_integers(name: str, tensor: Tensor, query: Tensor, shape: tuple[int | None, ...], meaning: str) -> None:

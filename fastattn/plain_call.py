@@ -28,7 +28,7 @@ def attention(
 
     Nothing is checked yet; a keyword of another type than the usual goes the long way.
     """
-    if not onlookers.absent(query, key, value) or transforms.transformed() or torch._C._autograd._profiler_enabled():
+    if not onlookers.absent(query, key, value) or transforms.transformed():
         return None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return None

@@ -15,7 +15,7 @@ _plain: Any = getattr(extension, "plain", lambda *_: False)
 
 
 def present(*tensors: Tensor) -> bool:
-    """Whether somebody looks on: a compiler, a tracer, a mode, or a tensor that is more or other than its numbers."""
+    """Whether somebody looks on: a compiler, tracer, mode or profiler, or a tensor that is more than its numbers."""
     if _watching():
         return True
     if _plain(*tensors):
@@ -34,7 +34,9 @@ def alike(*tensors: Tensor) -> bool:
 
 
 def _watching() -> bool:
-    """Whether a compiler, a tracer or a mode sees every operator."""
+    """Whether a compiler, a tracer, a mode or a profiler sees every operator."""
     if torch.compiler.is_compiling():
         return True
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._autograd._profiler_enabled():
+        return True
+    return torch._C._get_tracing_state() is not None
