@@ -1,5 +1,8 @@
-// Python's view of the operators; positional, called by fastattn/kernels/attention/extension.py only.
+// Python's view of the operators; positional, called through the modules fastattn/kernels/*/extension.py and their like.
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -45,8 +48,15 @@ namespace {
 using Optional = std::optional<at::Tensor>;
 using Int = std::optional<int64_t>;
 
+// Whether a mode takes part in each call of an operator, also one that traces before autograd.
+bool in_a_mode() {
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+         c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::PreDispatch);
+}
+
 // Whether all are torch.Tensor or torch.nn.Parameter, no subclass, dense, of one dtype, on one device, and their numbers
-// are what their memory holds: not to be negated, no zeros without memory, in no transform of torch.func.
+// are what their memory holds: not to be negated, no zeros without memory, in no transform of torch.func. Keys that are
+// not known here make it false.
 bool plain(const pybind11::args& tensors) {
   constexpr c10::DispatchKeySet usual(
       {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutogradCUDA,
@@ -228,6 +238,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("least_rows_of_own_products", &fastattn::least_rows_of_own_products);
   m.def("mm", &fastattn::mm, Plain());
   m.def("linear", &fastattn::linear, Plain());
+  m.def("in_a_mode", &in_a_mode);
+  m.def("profiled", &at::hasCallbacks);  // by whatever hears of each call
   m.def("plain", &plain);
   m.def("release_kept_memory", &fastattn::release_kept_memory);
   m.def("instruction_sets", &fastattn::instruction_sets);

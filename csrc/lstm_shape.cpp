@@ -54,8 +54,21 @@ void set_steps(LstmShape& shape, const LstmArgs& args) {
       shape.first.back());
 }
 
-// One layer in its directions, a stack of layers in one, or a cell, whose tensors lack the first dimension of a layer's.
+// One layer in its directions, a stack of layers in one, or a cell, whose tensors lack the first dimension of a layer's;
+// and what the errors say of them.
 enum class Kind : uint8_t { layer, stack, cell };
+
+struct Expected {
+  const char *input, *h0, *c0, *weights;
+};
+
+constexpr Expected expected(Kind kind) {
+  switch (kind) {
+    case Kind::cell: return {"(B, I)", "(B, H)", "(B, H)", " cell, expected 2 or 4"};
+    case Kind::stack: return {"(T, B, I)", "(L, B, H), L at least 1", "(L, B, H)", " layers, expected 2 or 4"};
+    default: return {"(T, B, I)", "(D, B, P), D 1 or 2", "(D, B, H)", " directions, expected 2, 3, 4 or 5"};
+  }
+}
 
 LstmShape shape_of(const LstmArgs& args, Kind kind) {
   const at::Tensor& input = args.input;
@@ -64,7 +77,7 @@ LstmShape shape_of(const LstmArgs& args, Kind kind) {
   shape.packed = args.batch_sizes.has_value();
   TORCH_CHECK_VALUE(
       input.dim() == (shape.packed || cell ? 2 : 3), "input: got shape ", input.sizes(), ", expected ",
-      cell ? "(B, I)" : shape.packed ? "(N, I) beside batch_sizes" : "(T, B, I)");
+      shape.packed ? "(N, I) beside batch_sizes" : expected(kind).input);
   const auto type = input.scalar_type();
   TORCH_CHECK_TYPE(
       type == at::kFloat || type == at::kHalf || type == at::kBFloat16, "input: got dtype ", type,
@@ -73,11 +86,9 @@ LstmShape shape_of(const LstmArgs& args, Kind kind) {
   const int64_t dims = cell ? 2 : 3;
   TORCH_CHECK_VALUE(
       args.h0.dim() == dims && (cell || (args.h0.size(0) >= 1 && (stacked || args.h0.size(0) <= 2))),
-      "h0: got shape ", args.h0.sizes(), ", expected ",
-      cell ? "(B, H)" : stacked ? "(L, B, H), L at least 1" : "(D, B, P), D 1 or 2");
+      "h0: got shape ", args.h0.sizes(), ", expected ", expected(kind).h0);
   TORCH_CHECK_VALUE(
-      args.c0.dim() == dims, "c0: got shape ", args.c0.sizes(), ", expected ",
-      cell ? "(B, H)" : stacked ? "(L, B, H)" : "(D, B, H)");
+      args.c0.dim() == dims, "c0: got shape ", args.c0.sizes(), ", expected ", expected(kind).c0);
   const int64_t parts = cell ? 1 : args.h0.size(0);
   shape.directions = stacked ? 1 : parts;
   shape.layers = stacked ? parts : 1;
@@ -101,9 +112,7 @@ LstmShape shape_of(const LstmArgs& args, Kind kind) {
   const int64_t each = count / parts;
   TORCH_CHECK_VALUE(
       count % parts == 0 && each >= 2 && each <= 5 && (kind == Kind::layer || each % 2 == 0), "weights: got ", count,
-      " tensors for ", parts,
-      cell ? " cell, expected 2 or 4" : stacked ? " layers, expected 2 or 4" : " directions, expected 2, 3, 4 or 5",
-      " for each");
+      " tensors for ", parts, expected(kind).weights, " for each");
   shape.biases = each >= 4;
   shape.projection = each % 2 == 1;
   TORCH_CHECK_VALUE(

@@ -1,6 +1,7 @@
 #include "problem.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -239,7 +240,9 @@ at::Tensor add_splits(const at::Tensor& parts) {
 }
 
 at::Tensor empty_heads_last(const at::Tensor& like) {
-  return at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options()).transpose(1, 2);
+  // Not a transposed tensor, which would be a view: one made without gradients can't be changed in place with them.
+  const int64_t heads = like.size(1), rows = like.size(2), features = like.size(3), row = heads * features;
+  return at::empty_strided({like.size(0), heads, rows, features}, {rows * row, features, row, 1}, like.options());
 }
 
 }  // namespace fastattn

@@ -100,8 +100,8 @@ def attention_with_kv_cache(
     backend = _choose(query, value_cache)
     appended = 0
     new = () if new_key is None or new_value is None else (new_key, new_value)
-    watched = onlookers.present(query, key_cache, value_cache, *new) or onlookers.present(cache_lengths)
-    ops: Any = torch.ops.fastattn if watched else kv_cache_op.direct
+    alone = onlookers.absent(query, key_cache, value_cache, *new) and onlookers.absent(cache_lengths)
+    ops: Any = kv_cache_op.direct if alone else torch.ops.fastattn
     if new_key is not None:
         appended = new_key.shape[2]
         ops.kv_cache_append(key_cache, value_cache, new_key, new_value, cache_lengths, block_table, backend)

@@ -2,7 +2,7 @@
 
 An eager call without masks, dropout, weights or gradients needs neither a graph nor the dispatcher, and few checks:
 4 us of Python on an EPYC of Zen 5, where the long way of ``fastattn.functional`` takes 14. That one serves whatever is
-out of the ordinary, and raises the errors.
+out of the ordinary, and raises the errors of the arguments.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fastattn import sdpa, transforms
 from fastattn.dispatch import Backend, Request, choose, forced_backend
 from fastattn.kernels import onlookers
 from fastattn.kernels.attention import extension, launch, prepared
+from fastattn.validation import FLOATING
 
 _SCALES = (float, type(None))
 
@@ -33,6 +34,8 @@ def attention(
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return None
     if (type(is_causal), type(enable_gqa), type(alignment)) != (bool, bool, str) or type(scale) not in _SCALES:
+        return None
+    if query.dtype not in FLOATING:
         return None
     device_type, forced, kind = query.device.type, forced_backend(), None
     if torch.is_autocast_enabled(device_type):

@@ -149,6 +149,13 @@ def test_states_changed_in_place(hidden: int) -> None:
     assert_same(ours, theirs)
 
 
+def test_weights_that_an_attribute_stands_before() -> None:
+    ours, theirs = pair()
+    for cell in (ours, theirs):
+        object.__setattr__(cell, "weight_ih", torch.zeros_like(cell.weight_ih))
+    torch.testing.assert_close(walk(ours, data_of(ours)).double(), walk(theirs, data_of(theirs)))
+
+
 def test_weights_changed_under_a_graph_are_refused() -> None:
     cell = pair()[0]
     loss = walk(cell, data())

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
+import fastattn
 from fastattn.kernels import onlookers
 from fastattn.kernels.built import UNAVAILABLE
 
@@ -70,3 +72,10 @@ def test_a_transform_is_no_plain_tensor() -> None:
 
 def test_no_tensor() -> None:
     assert not onlookers.alike(ones(), None)  # type: ignore[arg-type]
+
+
+def test_a_tracer_before_autograd_looks_on() -> None:
+    cell = fastattn.LSTMCell(3, 4)
+    with torch.no_grad():
+        graph = make_fx(lambda x: cell(x)[0], pre_dispatch=True)(ones())
+        assert torch.equal(graph(2 * ones()), cell(2 * ones())[0])

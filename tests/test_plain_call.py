@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from backends import DEVICE, KERNELS
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
@@ -56,7 +59,53 @@ def test_layouts(change: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype) 
     given = change(*tensors(dtype=dtype))
     found = short(*given)
     assert found is not None
-    assert torch.equal(found, attention(*given, enable_gqa=True, deterministic=False))
+    long = attention(*given, enable_gqa=True, deterministic=False)
+    assert torch.equal(found, long)
+    assert found.stride() == long.stride()
+
+
+@pytest.mark.parametrize("backend", ["auto", *KERNELS])
+def test_results_are_no_views(backend: str) -> None:
+    """torch refuses to change a view that was made without gradients in place with them."""
+    weight = torch.ones(8, device=DEVICE, requires_grad=True)
+    with fastattn.backend(backend):
+        for _ in range(2):
+            with torch.no_grad():
+                results = attention(*tensors(), enable_gqa=True), attention(*tensors(), enable_gqa=True, scale=2)
+            for result in results:
+                assert result._base is None
+                result.mul_(weight)
+                result.detach_()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_dtypes_that_nobody_serves(dtype: torch.dtype) -> None:
+    given = [tensor.to(dtype) for tensor in tensors()]
+    assert short(*given) is None
+    with pytest.raises(ValueError, match="query: got dtype"):
+        attention(*given, enable_gqa=True)
+
+
+def test_every_other_keyword_goes_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = tensors(heads=4)
+    mask = torch.ones(5, 7, dtype=torch.bool, device=DEVICE)
+    others: dict[str, Any] = {
+        "attn_mask": mask, "dropout_p": 0.1, "key_padding_mask": mask[:2], "window": (1, 1), "softcap": 2.0,
+        "alibi_slopes": torch.ones(4, device=DEVICE), "sinks": torch.zeros(4, device=DEVICE),
+        "segment_ids": (mask[:2, :5].int(), mask[:2].int()), "need_weights": True, "average_weights": None,
+        "return_lse": True, "deterministic": False,
+    }  # fmt: skip
+    short_ones = {"query", "key", "value", "is_causal", "scale", "enable_gqa", "causal_alignment"}
+    assert inspect.signature(attention).parameters.keys() == others.keys() | short_ones
+
+    def taken(*_: Any) -> None:
+        raise AssertionError("the shortest way")
+
+    monkeypatch.setattr(plain_call, "attention", taken)
+    for name, other in others.items():
+        attention(query, key, value, **{name: other})
+    with pytest.raises(AssertionError, match="the shortest way"):
+        attention(query, key, value, average_weights=False)
 
 
 @pytest.mark.parametrize("changes", [
@@ -90,7 +139,7 @@ def test_tensors_out_of_the_ordinary_go_the_long_way(change: Callable[..., tuple
     assert short(*change(*tensors())) is None
 
 
-def test_surroundings_out_of_the_ordinary_go_the_long_way() -> None:
+def test_surroundings_out_of_the_ordinary_go_the_long_way(tmp_path: Path) -> None:
     query, key, value = tensors()
     with torch.autocast(DEVICE, torch.bfloat16):
         assert short(query, key, value) is None
@@ -98,6 +147,11 @@ def test_surroundings_out_of_the_ordinary_go_the_long_way() -> None:
         assert short(query, key, value) is None
     with torch.profiler.profile():
         assert short(query, key, value) is None
+    observer = torch.profiler.ExecutionTraceObserver().register_callback(str(tmp_path / "trace.json"))
+    observer.start()
+    assert short(query, key, value) is None
+    observer.stop()
+    observer.unregister_callback()
     with forward_ad.dual_level():
         assert short(forward_ad.make_dual(query, query), key, value) is None
     with fastattn.backend("reference"):
@@ -108,6 +162,13 @@ def test_surroundings_out_of_the_ordinary_go_the_long_way() -> None:
         return query
 
     torch.vmap(of_a_batch)(query)
+
+
+def test_a_tracer_before_autograd() -> None:
+    given = tensors()
+    graph = make_fx(lambda *tensors: attention(*tensors, enable_gqa=True), pre_dispatch=True)(*given)
+    others = tensors()
+    assert torch.equal(graph(*others), attention(*others, enable_gqa=True))
 
 
 def test_gradients_that_nobody_records() -> None:

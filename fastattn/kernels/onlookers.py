@@ -12,10 +12,13 @@ from fastattn.kernels.built import extension
 _PLAIN = (Tensor, torch.nn.Parameter)
 # Whether all of these are plain tensors of one dtype on one device, in a third of the time that Python takes to say so.
 _plain: Any = getattr(extension, "plain", lambda *_: False)
+_in_a_mode: Any = getattr(extension, "in_a_mode", lambda: torch._C._len_torch_dispatch_stack() > 0)
+# Whether something is told of each operator, and would miss one that is left out.
+profiled: Any = getattr(extension, "profiled", torch._C._autograd._profiler_enabled)
 
 
 def present(*tensors: Tensor) -> bool:
-    """Whether somebody looks on: a compiler, tracer, mode or profiler, or a tensor that is more than its numbers."""
+    """Whether somebody looks on: a compiler, a tracer, a mode, or a tensor that is more or other than its numbers."""
     if _watching():
         return True
     if _plain(*tensors):
@@ -24,19 +27,18 @@ def present(*tensors: Tensor) -> bool:
 
 
 def absent(*tensors: Tensor) -> bool:
-    """True only if nobody looks on, and the tensors have one dtype and one device; False asks for a closer look."""
-    return not _watching() and bool(_plain(*tensors))
+    """True only if nobody looks on, no profiler either, and the tensors have one dtype and one device.
+
+    False asks for a closer look.
+    """
+    return not _watching() and not profiled() and bool(_plain(*tensors))
 
 
 def alike(*tensors: Tensor) -> bool:
-    """True only if the tensors have one dtype and one device; False also says that a closer look is needed."""
+    """True only if the tensors have one dtype and one device; False asks for a closer look."""
     return not torch.compiler.is_compiling() and bool(_plain(*tensors))
 
 
 def _watching() -> bool:
-    """Whether a compiler, a tracer, a mode or a profiler sees every operator."""
-    if torch.compiler.is_compiling():
-        return True
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._autograd._profiler_enabled():
-        return True
-    return torch._C._get_tracing_state() is not None
+    """Whether a compiler, a tracer or a mode takes part in each operator."""
+    return torch.compiler.is_compiling() or bool(_in_a_mode()) or torch._C._get_tracing_state() is not None

@@ -15,8 +15,7 @@ from fastattn.modules.recurrent import State
 
 # Bound at import, as torch.nn.LSTMCell binds it.
 _lstm_cell: Any = torch._VF.lstm_cell
-_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-_NAMES = ("hx[0]", "hx[1]", *_WEIGHTS)
+_NAMES = ("hx[0]", "hx[1]", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class LSTMCell(TorchLSTMCell):
@@ -63,9 +62,9 @@ class LSTMCell(TorchLSTMCell):
 
     def _weights(self) -> list[Tensor]:
         """The weights as they are now: a parametrized one is computed, and read once for that reason."""
-        names = _WEIGHTS if self.bias else _WEIGHTS[:2]
-        own = self._parameters
-        return [weight if (weight := own.get(name)) is not None else getattr(self, name) for name in names]
+        if self.bias:
+            return [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
+        return [self.weight_ih, self.weight_hh]
 
     def _arguments(
         self, input: Tensor, hx: State | None, weights: list[Tensor]
@@ -91,7 +90,7 @@ class LSTMCell(TorchLSTMCell):
             h0, c0 = _states(hx, batched, expected)
         tensors = (h0, c0, *weights)
         dtype = recurrent.autocast_dtype(input, tensors)
-        recurrent.check_alike("LSTMCell", input, _NAMES, tensors, dtypes=dtype is None)
+        recurrent.check_alike("LSTMCell", input, _NAMES[: len(tensors)], tensors, dtypes=dtype is None)
         return input, h0, c0, batched, dtype
 
     @staticmethod

@@ -36,7 +36,7 @@ def check_alike(
     if onlookers.alike(input, *tensors):
         return
     device, dtype = input.device, input.dtype
-    for name, tensor in zip(names, tensors, strict=False):  # a cell without biases has two names more
+    for name, tensor in zip(names, tensors, strict=True):
         if tensor.device != device:
             raise RuntimeError(f"{owner}: {name}: got device {tensor.device}, expected the input's {device}")
         if dtypes and tensor.dtype != dtype:

@@ -36,6 +36,7 @@ _known: dict[tuple[Any, ...], _Ready] = {}
 
 def kind_of(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Any, ...]:
     """What a launch depends on beside the numbers; ``rest`` are the other arguments of the call, hashable."""
+    # Descriptors need it of all three; where one has it not, none is used.
     aligned = (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16 == 0
     precision = torch.get_float32_matmul_precision() if query.dtype == torch.float32 else None
     return (
@@ -49,7 +50,7 @@ def again(kind: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor) -> T
     ready = _known.get(kind)
     if ready is None:
         return None
-    out = query.new_empty_strided(query.shape, ready.out_stride)
+    out = query.new_empty_strided(query.shape, ready.out_stride)  # as ``shapes.empty_output``
     logsumexp = query.new_empty(ready.logsumexp_shape, dtype=torch.float32)
     with on(query.device):
         ready.start(

@@ -11,7 +11,7 @@ from torch import Tensor
 def empty_output(query: Tensor, value: Tensor) -> Tensor:
     """The output (B, H, L, Dv), laid out as (B, L, H, Dv) so that merging the heads afterwards is a view."""
     batch, heads, rows, _ = query.shape
-    return query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
+    return _heads_last(query, batch, heads, rows, value.shape[-1])
 
 
 def empty_logsumexp(query: Tensor) -> Tensor:
@@ -30,10 +30,14 @@ def empty_weights(query: Tensor, key: Tensor, average: bool) -> Tensor:
 
 def empty_like_heads_last(tensor: Tensor) -> Tensor:
     """Uninitialised (B, H, L, D) laid out as (B, L, H, D): the gradient of a head view of a projection."""
-    batch, heads, rows, dim = tensor.shape
-    return tensor.new_empty(batch, rows, heads, dim).transpose(1, 2)
+    return _heads_last(tensor, *tensor.shape)
 
 
 def empty_mask_grads(masks: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
     """The gradients of those masks for which one is wanted, contiguous in the mask's own shape and dtype."""
     return [mask.new_empty(mask.shape) for mask, want in zip(masks, wanted, strict=True) if want and mask is not None]
+
+
+def _heads_last(like: Tensor, batch: int, heads: int, rows: int, dim: int) -> Tensor:
+    """No view of a (B, L, H, D) tensor: one made without gradients could not be changed in place with them later."""
+    return like.new_empty_strided((batch, heads, rows, dim), (rows * heads * dim, dim, heads * dim, 1))

@@ -154,12 +154,11 @@ def extension_serves(grads: Sequence[Tensor | None]) -> bool:
 
 def past_extension(
     backend: str, tensors: Sequence[Tensor], needed: Sequence[bool], batch_sizes: Tensor | None,
-    saved: Sequence[Tensor] | None, grads: Sequence[Tensor | None], stacked: bool = False,
+    saved: Sequence[Tensor], grads: Sequence[Tensor | None], stacked: bool = False,
 ) -> Sequence[Tensor | None]:  # fmt: skip
     """Gradients of (input, h0, c0, *weights) by another way than a call of the extension.
 
-    ``saved`` are the forward's out and what it kept, made once more where they are None; ``stacked`` says that it was a
-    stack of layers, not one.
+    ``saved`` are the forward's out and what it kept; ``stacked`` says that it was a stack of layers, not one.
     """
     given = [grad for grad in grads if grad is not None]
     if not given:
@@ -167,11 +166,7 @@ def past_extension(
     if definition.asked_for(*given):
         return _by_definition(tensors, needed, batch_sizes, _layers(tensors[1], stacked), grads)
     input, h0, c0, *weights = tensors
-    forward, backward = _operators(stacked)
-    if saved is None:
-        out, _, _, *kept = forward(input, batch_sizes, h0, c0, weights, True, backend)
-        saved = (out, *kept)
-    *found, dweights = backward(*grads, input, batch_sizes, h0, c0, weights, *saved, backend)
+    *found, dweights = _operators(stacked)[1](*grads, input, batch_sizes, h0, c0, weights, *saved, backend)
     return [*found, *dweights]
 
 

@@ -161,10 +161,11 @@ class _Step(torch.autograd.Function):
         if cell:
             grads = (None, *grads)
         if _compiled() or not autograd.extension_serves(grads):
-            tensors = (input, h0, c0)
             if cell:
-                tensors, grads = _as_layer(tensors), _as_layer(grads)
-            found = autograd.past_extension("cpu", (*tensors, *weights), needed, None, None, grads)
+                input, h0, c0 = _as_layer((input, h0, c0))
+                grads = _as_layer(grads)
+            saved = (torch.empty_like(h0), gates, cells)  # the outputs of one step have no part in its backward
+            found = autograd.past_extension("cpu", (input, h0, c0, *weights), needed, None, saved, grads)
             return None, gates.new_zeros(0), *(_as_cell(found[:3]) if cell else found[:3]), *found[3:]
         dinput, dh0, dc0, dsums = extension.step_backward(*grads, input, h0, c0, weights, gates, cells, needed[0])
         if torch._C._will_engine_execute_node(ctx.shared.token.grad_fn):
