@@ -69,7 +69,7 @@ sanitize: setup
 		$(RUN) setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-		$(RUN) -m pytest $(WORKERS) -p no:cacheprovider $(SANITIZE_ARGS)
+		$(RUN) -m pytest -p no:cacheprovider $(SANITIZE_ARGS)
 
 check: setup
 	$(RUN) -m ruff check .

@@ -208,10 +208,9 @@ void BackwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) con
 LstmBackward lstm_backward_cpu(
     const LstmGradients& grad, const LstmArgs& args, const at::Tensor& out, const at::Tensor& gates,
     const at::Tensor& cells, LstmWanted wanted) {
-  const LstmShape shape = cpu_shape(args);
-  check_lstm_backward(shape, grad, args, out, gates, cells);
-  const BackwardLayer layer(grad, args, shape, gates, cells);
-  const LstmShape& s = layer.shape;
+  const LstmShape s = cpu_shape(args);
+  check_lstm_backward(s, grad, args, out, gates, cells);
+  const BackwardLayer layer(grad, args, s, gates, cells);
   layer.walk();
 
   const auto type = args.input.scalar_type();
@@ -259,9 +258,9 @@ LstmBackward lstm_backward_cpu(
 LstmStepBackward lstm_step_backward_cpu(
     const LstmGradients& grad, const LstmArgs& args, const at::Tensor& gates, const at::Tensor& cells,
     bool input_grad) {
-  const LstmShape shape = cpu_shape(args, args.c0.dim() == 2);
-  check_lstm_step_backward(shape, grad, args, gates, cells);
-  const BackwardLayer layer(grad, args, shape, gates, cells);
+  const LstmShape s = cpu_shape(args, args.c0.dim() == 2);
+  check_lstm_step_backward(s, grad, args, gates, cells);
+  const BackwardLayer layer(grad, args, s, gates, cells);
   layer.walk();
   const auto type = args.input.scalar_type();
   const auto back_through = [&](size_t weight, const at::Tensor& like) {

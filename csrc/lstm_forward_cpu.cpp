@@ -246,8 +246,8 @@ void ForwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) cons
 }  // namespace
 
 LstmForward lstm_forward_cpu(const LstmArgs& args, bool save) {
-  const ForwardLayer layer(args, cpu_shape(args), save);
-  const LstmShape& s = layer.shape;
+  const LstmShape s = cpu_shape(args);
+  const ForwardLayer layer(args, s, save);
   layer.run();
 
   const auto type = args.input.scalar_type();
