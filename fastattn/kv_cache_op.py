@@ -102,7 +102,7 @@ def _no_lse(query: Tensor) -> Tensor:
 for _name, _call in (("kv_cache_append", _append), ("kv_cache_attention", _attention)):
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _call, _key)
-# What the dispatcher would reach, for a call that nobody looks on: it costs as much as a short kernel.
+# What the dispatcher reaches, for a call that nobody looks on: the way through it costs as much as a short kernel.
 direct = SimpleNamespace(kv_cache_append=_append, kv_cache_attention=_attention)
 
 
