@@ -35,10 +35,6 @@ struct BackwardLayer {
     run_parts(shape, form, [&](const Part& part, Barrier& barrier, float* scratch) { walk(part, barrier, scratch); });
   }
   at::Tensor dsums_of(int64_t d) const { return dsums.narrow(1, d * 4 * shape.hidden, 4 * shape.hidden); }
-  at::Tensor dc0(at::ScalarType type) const {
-    const at::Tensor cell = shape.units() == shape.hidden ? dcell : dcell.narrow(-1, 0, shape.hidden);
-    return as_type(cell, type).contiguous();
-  }
 
  private:
   void walk(const Part& part, Barrier& barrier, float* scratch) const;
@@ -252,7 +248,7 @@ LstmBackward lstm_backward_cpu(
         add_mm(dinput, layer.dsums_of(d), input_weights[static_cast<size_t>(d)]);
     dinput = dinput.to(type).view(args.input.sizes());
   }
-  return {dinput, dh0, layer.dc0(type), dweights};
+  return {dinput, dh0, unpadded_state(layer.dcell, s.hidden, type), dweights};
 }
 
 LstmStepBackward lstm_step_backward_cpu(
@@ -267,8 +263,8 @@ LstmStepBackward lstm_step_backward_cpu(
     const at::Tensor found = as_type(mm(layer.dsums, operand(args.weights[weight], layer.form)), type);
     return like.dim() == 2 ? found : found.view(like.sizes());
   };
-  return {input_grad ? back_through(0, args.input) : at::Tensor(), back_through(1, args.h0), layer.dc0(type),
-          layer.dsums};
+  return {input_grad ? back_through(0, args.input) : at::Tensor(), back_through(1, args.h0),
+          unpadded_state(layer.dcell, s.hidden, type), layer.dsums};
 }
 
 }  // namespace fastattn

@@ -36,10 +36,6 @@ struct ForwardLayer {
   void run() const {
     run_parts(shape, form, [&](const Part& part, Barrier& barrier, float* scratch) { walk(part, barrier, scratch); });
   }
-  at::Tensor c_n(at::ScalarType type) const {
-    const at::Tensor states = shape.units() == shape.hidden ? cell : cell.narrow(-1, 0, shape.hidden);
-    return as_type(states, type).contiguous();
-  }
 
  private:
   void walk(const Part& part, Barrier& barrier, float* scratch) const;
@@ -274,15 +270,16 @@ LstmForward lstm_forward_cpu(const LstmArgs& args, bool save) {
   const auto saved = [&](const at::Tensor& tensor, at::ScalarType dtype) {
     return save ? tensor : at::empty({0}, args.input.options().dtype(dtype));
   };
-  return {as_type(layer.out, type).view(sizes), as_type(h_n, type), layer.c_n(type), saved(layer.gates, type),
-          saved(layer.cells, at::kFloat)};
+  return {as_type(layer.out, type).view(sizes), as_type(h_n, type), unpadded_state(layer.cell, s.hidden, type),
+          saved(layer.gates, type), saved(layer.cells, at::kFloat)};
 }
 
 LstmCellForward lstm_cell_forward_cpu(const LstmArgs& args, bool save) {
-  const ForwardLayer layer(args, cpu_shape(args, true), save);
+  const LstmShape s = cpu_shape(args, true);
+  const ForwardLayer layer(args, s, save);
   layer.run();
   const auto type = args.input.scalar_type();
-  return {as_type(layer.out, type), layer.c_n(type), layer.gates, layer.cells};
+  return {as_type(layer.out, type), unpadded_state(layer.cell, s.hidden, type), layer.gates, layer.cells};
 }
 
 }  // namespace fastattn

@@ -142,6 +142,10 @@ at::Tensor copy_of_state(const at::Tensor& state, int64_t units) {
   return copy;
 }
 
+at::Tensor unpadded_state(const at::Tensor& padded, int64_t hidden, at::ScalarType type) {
+  return as_type(padded.size(-1) == hidden ? padded : padded.narrow(-1, 0, hidden), type).contiguous();
+}
+
 at::Tensor states_before(const LstmShape& shape, int64_t d, const at::Tensor& out, const at::Tensor& h0) {
   at::Tensor states = kept_empty({shape.rows, shape.state}, out.options());
   const int64_t out_row = shape.directions * shape.state;

@@ -51,6 +51,9 @@ at::Tensor from_gate_blocks(const at::Tensor& blocks, int64_t hidden, int64_t di
 at::Tensor padded_state(const at::Tensor& state, int64_t units);
 at::Tensor copy_of_state(const at::Tensor& state, int64_t units);
 
+// The way back for a result: padded states (..., Hr) as contiguous (..., H) of that type.
+at::Tensor unpadded_state(const at::Tensor& padded, int64_t hidden, at::ScalarType type);
+
 // h_{t-1} of every row in direction d, (N, P), from out (N, D P) and h0 (D, B, P): contiguous, of one type.
 at::Tensor states_before(const LstmShape& shape, int64_t d, const at::Tensor& out, const at::Tensor& h0);
 

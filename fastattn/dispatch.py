@@ -70,7 +70,7 @@ MAX_HEAD_DIM = 256
 # reached through Python. Near these both took the same time on one thread of an EPYC of Zen 5; with a tenth ours took
 # 1.3 times torch's, with ten times as many 0.5 to 0.8. Torch's kernels for half precision are slower, for one query up
 # to 20 times. Without gradients the way is short (``plain_call``), and ours took less time than the way to torch's
-# function at all sizes: 0.94 with (2, 4, 16, 64), 0.77 with (1, 1, 1, 16), 0.55 to 0.75 with more.
+# function at all sizes: 0.94 with (2, 4, 16, 64), 0.77 with (1, 1, 1, 16), 0.46 to 0.71 from 2^18 on.
 _TINY, _TINY_HALF = 1 << 21, 1 << 16
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # A plain global: torch.compile guards on it, and recompiles when it changes; it cannot trace a ContextVar.

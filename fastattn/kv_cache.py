@@ -100,7 +100,7 @@ def attention_with_kv_cache(
     backend = _choose(query, value_cache)
     appended = 0
     new = () if new_key is None or new_value is None else (new_key, new_value)
-    alone = onlookers.absent(query, key_cache, value_cache, *new) and onlookers.absent(cache_lengths)
+    alone = onlookers.absent(query, key_cache, value_cache, *new) and onlookers.alike(cache_lengths)
     ops: Any = kv_cache_op.direct if alone else torch.ops.fastattn
     if new_key is not None:
         appended = new_key.shape[2]
@@ -188,16 +188,15 @@ def _check_new(
 
 
 def _check_like_query(query: Tensor, /, **tensors: Tensor) -> None:
-    alike = onlookers.alike(query, *tensors.values())
+    if onlookers.alike(query, *tensors.values()) and all(tensor.dim() == 4 for tensor in tensors.values()):
+        return
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-        if not alike and (tensor.layout != torch.strided or tensor.is_nested):
+        if tensor.layout != torch.strided or tensor.is_nested:
             raise ValueError(f"{name}: got layout {tensor.layout}, allowed is torch.strided (dense)")
         if tensor.dim() != 4:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected 4 dimensions (B, H, L, D)")
-        if alike:
-            continue
         if tensor.dtype != query.dtype:
             raise ValueError(f"{name}: got dtype {tensor.dtype}, expected query's {query.dtype}")
         if tensor.device != query.device:

@@ -19,7 +19,9 @@ try:
     import triton
     from triton.runtime.interpreter import InterpretedFunction
 
-    from fastattn.kernels.attention import backward, descriptors, forward, mask_gradient, padding, segments, weights
+    from fastattn.kernels.attention import backward, descriptors, forward, mask_gradient, operands, weights
+    from fastattn.kernels.attention.operands import heads as _heads
+    from fastattn.kernels.attention.operands import weights as _weights
 except ImportError as error:
     _MISSING: str | None = f"triton cannot be imported ({error}); run: pip install 'triton>=3.6,<3.10'"
     INTERPRETED = False
@@ -31,9 +33,6 @@ else:
 # without being asked for: a path that never ran on a real device is not a default.
 VERIFIED: frozenset[tuple[tuple[int, int], str]] = frozenset()
 _LOG2E = math.log2(math.e)
-_BOUNDS_BLOCK, _SEGMENT_BLOCK = 1024, 128
-# The kernels' offsets inside a tile are 32-bit: at most 256 rows of this many elements each.
-_MAX_STRIDE = 2**31 // 256 - 1
 
 
 def why_unavailable(device_type: str) -> str | None:
@@ -101,10 +100,10 @@ class Problem:
             self.batch, self.heads, self.heads // self.key_heads, self.rows, self.columns,
             self._within_reach(lower), self._within_reach(upper), shift, pitch,
         )  # fmt: skip
-        slopes = (None, 0) if alibi_slopes is None else (alibi_slopes, _batch_stride(alibi_slopes))
+        slopes = (None, 0) if alibi_slopes is None else (alibi_slopes, operands.batch_stride(alibi_slopes))
         self.masks = arguments.Masks._make(
-            (*_mask(attn_mask), *_padding(key_padding_mask), *slopes, *_segments(segment_query, segment_key),
-             softcap * unit)
+            (*operands.mask(attn_mask), *operands.padding(key_padding_mask), *slopes,
+             *operands.segments(segment_query, segment_key), softcap * unit)
         )  # fmt: skip
         self.features = arguments.Features(
             mask_bool=attn_mask is not None and attn_mask.dtype == torch.bool,
@@ -333,71 +332,3 @@ def _launch_mask_gradient(shared: Problem, common: dict[str, Any], grad: Tensor)
         **common, dmask=_weights(grad), dmask_batches=batches, dmask_heads=heads,
         scale=shared.score_scale, GRAD_ROWS=rows > 1, GRAD_COLUMNS=columns > 1,
     )  # fmt: skip
-
-
-def _mask(attn_mask: Tensor | None) -> tuple[Any, ...]:
-    """Pointer and strides, 0 where the mask is broadcast."""
-    if attn_mask is None:
-        return None, 0, 0, 0, 0
-    if max(attn_mask.stride()[2:]) > _MAX_STRIDE:
-        attn_mask = attn_mask.contiguous()
-    strides = (0 if size == 1 else stride for size, stride in zip(attn_mask.shape, attn_mask.stride(), strict=True))
-    return _bytes(attn_mask), *strides
-
-
-def _padding(mask: Tensor | None) -> tuple[Any, ...]:
-    """Pointer, strides, and the first and one past the last key (B) that is not padding."""
-    if mask is None:
-        return None, 0, 0, None, None
-    start, end = (mask.new_empty(mask.shape[0], dtype=torch.int32) for _ in range(2))
-    with on(mask.device):
-        padding.key_bounds[(mask.shape[0],)](
-            _bytes(mask), start, end, *mask.stride(), mask.shape[1], PADDING_BOOL=mask.dtype == torch.bool,
-            BLOCK_N=_BOUNDS_BLOCK,
-        )  # fmt: skip
-    return _bytes(mask), *mask.stride(), start, end
-
-
-def _segments(query: Tensor | None, key: Tensor | None) -> tuple[Any, ...]:
-    """Both, and for each 16 of one side the stretch of the other side that holds their segments."""
-    if query is None or key is None:
-        return (None,) * 6
-    query, key = query.contiguous(), key.contiguous()
-    bounds: list[Tensor] = []
-    for own, other in ((query, key), (key, query)):
-        (batch, length), blocks = own.shape, triton.cdiv(own.shape[1], 16)
-        start, end = (own.new_empty(batch, blocks, dtype=torch.int32) for _ in range(2))
-        with on(own.device):
-            segments.segment_bounds[(batch * blocks,)](
-                own, other, start, end, length, other.shape[1], BLOCK=_SEGMENT_BLOCK
-            )
-        bounds += [start, end]
-    return query, key, *bounds
-
-
-def _batch_stride(slopes: Tensor) -> int:
-    """Of slopes (B or 1, H), whose heads are neighbours."""
-    return 0 if slopes.shape[0] == 1 else slopes.stride(0)
-
-
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    """Booleans as the bytes they are stored in."""
-    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
-
-
-def _heads(tensor: Tensor | None) -> arguments.Heads:
-    """A (B, H, L, D) tensor for a kernel; copied first if its last dimension is not contiguous."""
-    if tensor is None:
-        return arguments.Heads(None, 0, 0, 0)
-    if (tensor.stride(-1) != 1 and tensor.shape[-1] != 1) or tensor.stride(2) > _MAX_STRIDE:
-        tensor = tensor.contiguous()
-    return arguments.Heads(tensor, *tensor.stride()[:3])
-
-
-def _weights(tensor: Tensor | None) -> arguments.Weights:
-    """A (B, H, L, S) tensor of any strides for a kernel."""
-    if tensor is None:
-        return arguments.Weights(None, 0, 0, 0, 0)
-    if max(tensor.stride()[2:]) > _MAX_STRIDE:
-        tensor = tensor.contiguous()
-    return arguments.Weights(tensor, *tensor.stride())
