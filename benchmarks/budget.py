@@ -121,9 +121,9 @@ class Row:
             return None
         block_m, block_n = map(int, self.tile.split("x"))
         loop = Loop(**{field.name: getattr(self, field.name) for field in fields(Loop)})
-        return paper_model.bound(
-            self.kernel, self.head_dim, block_m, block_n, self.warps, loop, wgmma=self.tensor_core > 0
-        )
+        # Where warps hand registers on, those of the producer, a warp group like the others, take no part in the loop.
+        warps = self.warps - 4 if self.setmaxnreg else self.warps
+        return paper_model.bound(self.kernel, self.head_dim, block_m, block_n, warps, loop, wgmma=self.tensor_core > 0)
 
     @property
     def case(self) -> Case:
@@ -160,11 +160,12 @@ def compile_case(case: Case, call: Callable[[Any, Case], None] | None = None) ->
         import torch
 
         (call or _call)(torch, case)
-    rows = []
+    rows = {}
     for name, arguments, kernel in compiled:
         if name not in ("key_bounds", "segment_bounds"):
-            rows.append(_row(case, name + _of(arguments), kernel))
-    return rows
+            row = _row(case, name + _of(arguments), kernel)
+            rows[row.key] = row
+    return list(rows.values())
 
 
 def _of(arguments: dict[str, Any]) -> str:
@@ -241,7 +242,7 @@ def recording(arch: int) -> Iterator[list[tuple[str, dict[str, Any], Any]]]:
 
 def _call(torch: Any, case: Case) -> None:
     """Attention, weights and both gradients on tensors without storage."""
-    from fastattn.kernels.attention import launch, packed_launch
+    from fastattn.kernels.attention import config, launch, packed_launch
 
     batch, heads, length = 2, 4, 1024
     dtype = getattr(torch, case.dtype)
@@ -271,6 +272,8 @@ def _call(torch: Any, case: Case) -> None:
     problem = (mask, padding, slopes, ids, ids, seed, 0.0 if seed is None else 0.1, 0.125, softcap, 0, *band)
     gradients = ("mask" in brings, False)
     out, logsumexp = launch.attention(query, key, value, sinks, *problem)
+    with config.specialized():  # where that is not chosen, the same kernel once more
+        launch.attention(query, key, value, sinks, *problem)
     launch.attention_backward(out, None, query, key, value, out, logsumexp, *problem, *gradients)
     weights = launch.attention_weights(query, key, logsumexp, *problem, True)
     launch.attention_weights_backward(weights, query, key, logsumexp, *problem, True, *gradients)
@@ -287,7 +290,7 @@ def _row(case: Case, name: str, kernel: Any) -> Row:
         **asdict(case),
         tile=f"{block.get('BLOCK_M', '')}x{block.get('BLOCK_N', '')}",
         warps=metadata.num_warps,
-        stages=metadata.num_stages,
+        stages=block.get("STAGES", metadata.num_stages),
         shared=metadata.shared,
         tensor_core=len(re.findall(_TENSOR_CORE[case.arch], ptx)),
         mma=len(re.findall(_TENSOR_CORE[80], ptx)),

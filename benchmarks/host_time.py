@@ -20,12 +20,15 @@ from unittest import mock
 import torch
 
 import fastattn
-from fastattn.kernels.attention import launch
+from fastattn.kernels.attention import config, launch
 from fastattn.profiling.environment import default_device, device_name
 from fastattn.profiling.table import render
 
 _CALLS, _ROUNDS = 1000, 15
-_HOW = {80: "pointers", 90: "descriptors"}
+# By name, the architecture, and whether the forward kernel is the one of specialised warps.
+_HOW = {
+    "sm_80, pointers": (80, False), "sm_90, descriptors": (90, False), "sm_90, specialised warps": (90, True),
+}  # fmt: skip
 
 
 class _Nothing:
@@ -41,10 +44,11 @@ def _always(answer: Any, _: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _without_the_kernel(arch: int) -> Iterator[None]:
-    kernels = mock.Mock(attention_forward=_Nothing())
+def _without_the_kernel(arch: int, specialized: bool) -> Iterator[None]:
     with (
-        mock.patch.object(launch, "forward", kernels),
+        mock.patch.object(launch.forward, "attention_forward", _Nothing()),
+        mock.patch.object(launch.specialized, "attention_forward_specialized", _Nothing()),
+        config.specialized() if specialized else contextlib.nullcontext(),
         mock.patch.object(launch, "why_unavailable", partial(_always, None)),
         mock.patch.object(launch, "architecture", partial(_always, arch)),
         torch.no_grad(),
@@ -65,10 +69,10 @@ def main() -> None:
     call = partial(fastattn.scaled_dot_product_attention, query, key, value, is_causal=True)
     ways = {"shortest": call, "long": partial(call, deterministic=False)}  # a keyword that changes no number
     lines = []
-    for arch, how in _HOW.items():
-        with _without_the_kernel(arch):
+    for how, (arch, specialized) in _HOW.items():
+        with _without_the_kernel(arch, specialized):
             rounds = [{name: _microseconds(way) for name, way in ways.items()} for _ in range(_ROUNDS)]
-        lines += [[f"sm_{arch}, {how}", name, f"{statistics.median(one[name] for one in rounds):.1f}"] for name in ways]
+        lines += [[how, name, f"{statistics.median(one[name] for one in rounds):.1f}"] for name in ways]
     print(f"{device_name(default_device())}, torch {torch.__version__}")
     print(render(["launch", "way", "us"], lines))
 

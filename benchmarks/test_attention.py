@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
+from fastattn.kernels.attention import config
 from fastattn.profiling.environment import default_device
 
 DEVICE = default_device()
 CUDA = DEVICE.type == "cuda"
+HOPPER = CUDA and torch.cuda.get_device_capability() == (9, 0)
 DTYPES = (torch.bfloat16,) if CUDA else (torch.float32,)
 TORCH = "nn.MultiheadAttention"
 AS_BUILT = f"{TORCH}, not in eval()"  # torch has a faster path of its own in evaluation
@@ -112,6 +114,17 @@ def test_module(
     keep({"shape": shape, "dtype": str(dtype), "kind": kind, "training": training} | row, DEVICE)
 
 
+def by_specialised_warps(call: Run) -> Run:
+    """Our forward kernel for Hopper, measured whether it is chosen or not."""
+
+    @functools.wraps(call)
+    def forced(*args: Any, **kwargs: Any) -> Any:
+        with config.specialized():
+            return call(*args, **kwargs)
+
+    return on("triton", forced)
+
+
 def torch_peers(causal: bool) -> dict[str, Run]:
     """torch's kernels one by one; on the CPU there is one."""
     sdpa = functools.partial(nn.functional.scaled_dot_product_attention, is_causal=causal)
@@ -163,6 +176,8 @@ def test_function(
     ]
     ours = functools.partial(fastattn.scaled_dot_product_attention, is_causal=causal)
     runs = {OURS: on("triton" if CUDA else "cpu", ours), "fastattn auto": ours, **torch_peers(causal)}
+    if HOPPER:
+        runs["fastattn specialised"] = by_specialised_warps(ours)
 
     def bound(run: Run) -> Call:
         def call() -> Any:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import budget
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,3 +50,16 @@ def test_tiles_are_read_by_descriptor_where_there_are_any() -> None:
             assert row.tma == 0, row
         elif row.feature in ("plain", "causal") and reads_tiles and "of weights" not in row.kernel:
             assert row.tma > 0, row
+
+
+def test_specialised_warps_exponentiate_beside_a_product() -> None:
+    """What the forward kernel of specialised warps is for: every exponential between a wgmma and the wait for it."""
+    rows = [row for row in budget.read_table() if row.kernel == "attention_forward_specialized"]
+    assert {(row.head_dim, row.feature) for row in rows} == {
+        (head_dim, feature) for head_dim in budget.HEAD_DIMS for feature in ("plain", "causal", "window", "sinks")
+    }
+    for row in rows:
+        assert (row.arch, row.serialized, row.overlapped) == (90, 0, row.exponentials), row
+        assert row.setmaxnreg > 0, row
+        assert row.bound is not None, row
+        assert row.bound.redundant == pytest.approx(128 / 80 if row.head_dim == 80 else 1.0), row

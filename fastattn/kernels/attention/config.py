@@ -17,7 +17,8 @@ class Tile:
     ``ahead``: the forward kernel starts the scores of the next tile before the softmax of this one. ``apart``: dkey and
     dvalue get a launch each, which computes the scores once more and holds one of them in registers, not both.
     ``edge_stages``: stages where the forward kernel walks over tiles that something cuts, in a loop of their own.
-    ``descriptors``: what is read by tiles is read by tensor descriptor.
+    ``descriptors``: what is read by tiles is read by tensor descriptor. ``specialized``: the forward kernel is the one
+    whose warps share the work out, in a program of which ``warps`` are the first consumer.
     """
 
     block_m: int
@@ -29,10 +30,12 @@ class Tile:
     apart: bool = False
     edge_stages: int | None = None
     descriptors: bool = False
+    specialized: bool = False
 
 
 KERNELS = ("forward", "delta", "dquery", "dkey_dvalue", "dmask", "weights")
 _override: Tile | None = None
+_specialize = False
 
 
 @contextlib.contextmanager
@@ -46,9 +49,20 @@ def override(tile: Tile) -> Iterator[None]:
         _override = previous
 
 
-def overriding() -> Tile | None:
-    """The tile that is used for every kernel, if there is one."""
-    return _override
+@contextlib.contextmanager
+def specialized() -> Iterator[None]:
+    """Use the forward kernel of specialised warps wherever it can serve, measured faster or not: to measure it."""
+    global _specialize
+    previous, _specialize = _specialize, True
+    try:
+        yield
+    finally:
+        _specialize = previous
+
+
+def in_force() -> tuple[Tile | None, bool]:
+    """The tile that is used for every kernel, if there is one, and whether specialised warps are."""
+    return _override, _specialize
 
 
 def block_d(head_dim: int) -> int:
@@ -148,6 +162,24 @@ _BLACKWELL_HEAVY_DESCRIBED = {
         256: Tile(16, 128, 8, apart=True, descriptors=True),
     },
 }
+# The forward kernel of specialised warps (``specialized``), by whether there is a window, whose comparisons take
+# registers (16 to 40 bytes spilled with the larger tiles at 64 and 256). All exponentials run beside a product, and no
+# barrier holds all warps. TFLOP/s on paper of causal calls, without overlap and as compiled:
+#                                  64          128         256
+#     attention_forward            442, 692    584, 940    542, 542
+#     by specialised warps         467, 920    584, 949    542, 949
+# Tried and not taken: three consumers (160 registers each; 724 bytes spilled at 64 with 128 keys a tile, with 64 keys
+# 893 as compiled), 232 registers for a consumer and 40 for the producer (28 to 76 bytes at 128 and 256).
+_SPECIALIZED = {
+    False: {128: Tile(128, 128, specialized=True), 256: Tile(128, 64, specialized=True)},
+    True: {
+        64: Tile(128, 64, stages=4, specialized=True),
+        128: Tile(128, 128, specialized=True),
+        256: Tile(128, 32, stages=4, specialized=True),
+    },
+}
+# Blocks of the head dimension for which it measured faster than ``attention_forward``: none, it never ran on a device.
+_SPECIALIZED_FASTER: frozenset[int] = frozenset()
 # By pointers sm_80's, without the assembler's choice of 128 registers and 12 or 16 bytes spilled.
 _BLACKWELL_PLAIN = {"dquery": {64: Tile(64, 64, 8), 128: Tile(64, 64, 8, 2, 255), 256: Tile(64, 32, 8)}}
 _BLACKWELL_HEAVY = {"dquery": {128: Tile(64, 32, 8), 256: Tile(64, 16, 8, 2, 255)}}
@@ -189,6 +221,15 @@ def tile(
         if described:
             choices = _DESCRIBED.get((arch, heavy), {}).get(kernel, choices)
     return next(choice for largest, choice in choices.items() if block_d(head_dim) <= largest)
+
+
+def specialized_tile(head_dim: int, *, window: bool, arch: int) -> Tile | None:
+    """The tile of the forward kernel of specialised warps; None where ``attention_forward`` is to be taken."""
+    if _override is not None:
+        return _override if _override.specialized and arch in (0, 90) else None
+    if arch != 90 or not (_specialize or block_d(head_dim) in _SPECIALIZED_FASTER):
+        return None
+    return next(choice for largest, choice in _SPECIALIZED[window].items() if block_d(head_dim) <= largest)
 
 
 def product_piece(dtype: torch.dtype, head_dim: int) -> int:

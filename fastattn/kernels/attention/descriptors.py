@@ -7,9 +7,13 @@ the host some 4 us at every launch, before the driver encodes it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.kernels.attention.arguments import Heads
@@ -44,7 +48,25 @@ def of(tensors: Mapping[str, Any], tile: Tile, block_d: int) -> dict[str, Tensor
     return {name: _of_heads(tensors[name], block, block_d) for name, block in rows.items() if name in tensors}
 
 
+def of_gluon(heads: Heads, block: int, block_d: int) -> GluonDescriptor:
+    """The descriptor to read or write one tensor with by tiles of ``block`` rows, for a kernel in Gluon."""
+    return GluonDescriptor(
+        heads.pointer, *_shape_and_strides(heads), [1, 1, block, block_d], _layout(heads.pointer.dtype, block, block_d)
+    )
+
+
+@functools.cache
+def _layout(dtype: torch.dtype, block: int, block_d: int) -> gl.NVMMASharedLayout:
+    """How a tile lies in shared memory: swizzled as wgmma reads it."""
+    number = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([1, 1, block, block_d], number)
+
+
 def _of_heads(heads: Heads, block: int, block_d: int) -> TensorDescriptor:
+    return TensorDescriptor(heads.pointer, *_shape_and_strides(heads), [1, 1, block, block_d])
+
+
+def _shape_and_strides(heads: Heads) -> tuple[list[int], list[int]]:
     shape = list(heads.pointer.shape)
     strides = [stride if size > 1 else _ALIGNED for size, stride in zip(shape, heads[1:], strict=False)]
-    return TensorDescriptor(heads.pointer, shape, [*strides, 1], [1, 1, block, block_d])
+    return shape, [*strides, 1]

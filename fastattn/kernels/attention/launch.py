@@ -19,7 +19,7 @@ try:
     import triton
     from triton.runtime.interpreter import InterpretedFunction
 
-    from fastattn.kernels.attention import backward, descriptors, forward, mask_gradient, operands, weights
+    from fastattn.kernels.attention import backward, descriptors, forward, mask_gradient, operands, specialized, weights
     from fastattn.kernels.attention.operands import heads as _heads
     from fastattn.kernels.attention.operands import weights as _weights
 except ImportError as error:
@@ -84,6 +84,8 @@ class Problem:
         self.dtype, self.device, self.dropout = query.dtype, query.device, dropout_p > 0.0
         masked = attn_mask is not None or key_padding_mask is not None or segment_query is not None
         bent = softcap > 0.0 or alibi_slopes is not None
+        # Nothing beside the products decides the probabilities but a band.
+        self.bare = not (masked or bent or self.dropout)
         # A sequence's own lengths and addresses take registers that the plain tiles have none left of above 128.
         tight = packed is not NOT_PACKED and config.block_d(self.head_dim) > 128
         self.heavy = masked or bent or self.dropout or lower is not None or tight
@@ -134,6 +136,19 @@ class Problem:
             tile = choose(described=False)
         return tile
 
+    def specialized_tile(self, tensors: Mapping[str, Any]) -> config.Tile | None:
+        """The tile of the forward kernel of specialised warps; None where ``attention_forward`` is to be taken.
+
+        It serves what has no mask but a band, tensors that descriptors can read and write, and scores that grow with
+        the products: it takes their maximum first and scales it afterwards.
+        """
+        if not self.bare or self.packed is not NOT_PACKED or self.score_scale <= 0.0:
+            return None
+        window = self.features.has_lower
+        tile = config.specialized_tile(self.head_dim, window=window, arch=architecture(self.device))
+        described = tile is not None and all(descriptors.describable(heads) for heads in tensors.values())
+        return tile if described else None
+
     def ready(
         self, name: str, kernel: Any, programs: Callable[[config.Tile], int], **arguments: Any
     ) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -182,13 +197,30 @@ def forward_launch(
     shared: Problem, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, out: Tensor, logsumexp: Tensor
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The forward kernel with its grid, and all of its arguments; for a problem that is not empty."""
+    tensors = {"query": _heads(query), "key": _heads(key), "value": _heads(value), "out": _heads(out)}
+    given = {"sinks": sinks, "logsumexp": logsumexp, "scale": shared.score_scale}
+    tile = shared.specialized_tile(tensors)
+    if tile is not None:
+        return _specialized_launch(shared, tile, tensors, given)
     return shared.ready(
         "forward",
         forward.attention_forward,
         lambda tile: triton.cdiv(shared.rows, tile.block_m) * shared.batch * shared.heads,
-        query=_heads(query), key=_heads(key), value=_heads(value), sinks=sinks, out=_heads(out), logsumexp=logsumexp,
-        scale=shared.score_scale, dropout=shared.dropout_arguments, packed=shared.packed,
+        **tensors, **given, dropout=shared.dropout_arguments, packed=shared.packed,
     )  # fmt: skip
+
+
+def _specialized_launch(
+    shared: Problem, tile: config.Tile, tensors: Mapping[str, arguments.Heads], given: Mapping[str, Any]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    block_d, of_group = config.block_d(shared.head_dim), specialized.ROWS.value
+    rows = {"query": of_group, "key": tile.block_n, "value": tile.block_n, "out": of_group}
+    programs = triton.cdiv(shared.rows, tile.block_m) * shared.batch * shared.heads
+    return specialized.attention_forward_specialized[(programs,)], {
+        **{name: descriptors.of_gluon(heads, rows[name], block_d) for name, heads in tensors.items()}, **given,
+        "shape": shared.shape, "F": shared.features, "BLOCK_D": block_d, "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n, "STAGES": tile.stages, "num_warps": tile.warps,
+    }  # fmt: skip
 
 
 def attention_weights(query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any) -> Tensor:

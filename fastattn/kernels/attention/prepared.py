@@ -26,7 +26,7 @@ class _Ready(NamedTuple):
     query: Any  # Heads or a descriptor without its tensor, as the next ones
     key: Any
     value: Any
-    out: arguments.Heads
+    out: Any
     out_stride: tuple[int, ...]
     logsumexp_shape: tuple[int, ...]
 
@@ -41,7 +41,7 @@ def kind_of(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Any,
     precision = torch.get_float32_matmul_precision() if query.dtype == torch.float32 else None
     return (
         query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), query.dtype, query.device,
-        aligned, precision, config.overriding(), *rest,
+        aligned, precision, *config.in_force(), *rest,
     )  # fmt: skip
 
 

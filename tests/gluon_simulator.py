@@ -1,0 +1,385 @@
+"""Gluon kernels for Hopper on the CPU, with every order of events that the chip may choose.
+
+Triton has no interpreter for Gluon. Here a kernel's own Python runs, each of its partitions in a thread, on torch
+tensors, one thread at a time: wherever another could notice, a random choice says who goes on. What is asynchronous is
+an event that the same choice may put off: a copy (TMA) until its barrier is waited for, a product (wgmma) until its
+group waits for it. So a kernel that relies on an order that nothing guarantees computes NaN or something else:
+
+- memory is NaN from the moment a copy into it is started until the copy happens, and a product reads its operands when
+  it happens: to hand back a place too early, or to read it too early, shows;
+- an accumulator can be used by nothing but the next product until it was waited for;
+- what threads store must be fenced before the copy engine reads it;
+- barriers count arrivals and bytes, and complain of one too many; a program in which nobody can go on is a deadlock.
+
+Layouts are ignored; registers, and what the compiler makes of it all, are the budget's concern (benchmarks/budget.py).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.runtime.jit import ConstexprFunction, JITCallable
+
+
+class DeadlockError(RuntimeError):
+    """Every partition waits for something that nobody is left to do."""
+
+
+class MisuseError(RuntimeError):
+    """What no order of events makes right."""
+
+
+class _Partition:
+    """A thread that goes on when it is told to; its products, in order."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.turn, self.stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self.until: Callable[[], bool] = lambda: True
+        self.done, self.error = False, None
+        self.products: list[Callable[[], None]] = []
+        self.unfenced: set[int] = set()
+        self.stores = 0
+        self.thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self.thread.start()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        self.turn.acquire()
+        _here.partition = self
+        try:
+            work()
+        except BaseException as error:  # raised by the main thread
+            self.error = error
+        self.done = True
+        self.stopped.release()
+
+    def go_on(self) -> None:
+        """Run until it pauses or ends."""
+        self.turn.release()
+        self.stopped.acquire()
+        if self.error is not None:
+            raise self.error
+
+
+_here = threading.local()
+
+
+class _Program:
+    """One program of a grid."""
+
+    now: ClassVar[_Program]  # the one that runs
+
+    def __init__(self, number: int, choice: random.Random) -> None:
+        self.number, self.choice = number, choice
+        self.copies: list[Callable[[], None]] = []
+
+    def run(self, works: Sequence[Callable[[], None]]) -> None:
+        partitions = [_Partition(work) for work in works]
+        while True:
+            events: list[Callable[[], None]] = [
+                partition.go_on for partition in partitions if not partition.done and partition.until()
+            ]
+            events += [lambda: self.copies.pop(self.choice.randrange(len(self.copies)))()] if self.copies else []
+            events += [partition.products.pop for partition in partitions if partition.products]
+            if not events:
+                break
+            event = self.choice.choice(events)
+            if event.__name__ == "pop":
+                event(0)()  # type: ignore[call-arg]  # the group's oldest product
+            else:
+                event()
+        if not all(partition.done for partition in partitions):
+            raise DeadlockError(f"program {self.number}: {sum(not one.done for one in partitions)} partitions wait")
+
+
+def _pause(until: Callable[[], bool] = lambda: True) -> None:
+    """Let others go on, and wait for a condition."""
+    partition = _here.partition
+    partition.until = until
+    partition.stopped.release()
+    partition.turn.acquire()
+
+
+class _Barrier:
+    """PTX ISA, "mbarrier": a phase ends when all arrivals and all bytes that are expected have come."""
+
+    def __init__(self) -> None:
+        self.count = self.missing = self.bytes = self.phase = 0
+
+    def init(self, count: int) -> None:
+        self.count = self.missing = count
+
+    def update(self, arrivals: int = 0, expected: int = 0) -> None:
+        self.missing -= arrivals
+        self.bytes += expected
+        if self.missing < 0 or self.bytes < 0:
+            raise MisuseError(f"a barrier of {self.count} got more arrivals or bytes than it expects in a phase")
+        if self.missing == 0 and self.bytes == 0:
+            self.phase, self.missing = self.phase + 1, self.count
+
+
+class _Barriers:
+    def __init__(self, number: int) -> None:
+        self.all = [_Barrier() for _ in range(number)]
+
+    def index(self, place: int) -> _Barrier:
+        return self.all[place]
+
+
+class _Memory:
+    """A view of shared memory."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.numbers.dtype
+
+    def index(self, place: int) -> _Memory:
+        return _Memory(self.numbers[place])
+
+    def reshape(self, shape: list[int]) -> _Memory:
+        return _Memory(self.numbers.view(shape))
+
+    def permute(self, order: tuple[int, ...]) -> _Memory:
+        return _Memory(self.numbers.permute(order))
+
+    def store(self, value: Tensor) -> None:
+        self.numbers.copy_(value)
+        _here.partition.unfenced.add(self.numbers.data_ptr())
+        _pause()
+
+
+class _Pointer:
+    """Into a tensor, by elements."""
+
+    def __init__(self, tensor: Tensor, offset: Any = 0) -> None:
+        self.tensor, self.offset = tensor, offset
+
+    def __add__(self, offset: Any) -> _Pointer:
+        return _Pointer(self.tensor, self.offset + offset)
+
+    @property
+    def numbers(self) -> Tensor:
+        """All of the storage from the tensor's first element on: offsets are 64-bit, never clamped."""
+        size = self.tensor.untyped_storage().nbytes() // self.tensor.element_size() - self.tensor.storage_offset()
+        return self.tensor.as_strided((size,), (1,))
+
+
+class _Accumulator:
+    """A product that may not have happened yet; ``value`` is None until it has."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+
+class _Described:
+    """A tensor that is read and written by tiles."""
+
+    def __init__(self, descriptor: Any) -> None:
+        self.block_shape, self.layout = descriptor.block_shape, descriptor.layout
+        self.tensor = descriptor.base.detach().as_strided(descriptor.shape, descriptor.strides)
+        self.dtype = descriptor.base.dtype
+
+    def inside(self, place: Sequence[int], tile: Tensor) -> tuple[Tensor, Tensor]:
+        """What of a tile that starts at ``place`` lies in the tensor: there, and in the tile."""
+        there = tuple(slice(at, at + size) for at, size in zip(place, self.block_shape, strict=True))
+        found = self.tensor[there]
+        return found, tile.view(self.block_shape)[tuple(slice(size) for size in found.shape)]
+
+
+# What kernels call --------------------------------------------------------------------------------------------
+
+
+def _load_tile(descriptor: _Described, place: Sequence[int], barrier: _Barrier, memory: _Memory) -> None:
+    memory.numbers.fill_(float("nan"))
+
+    def happen() -> None:
+        memory.numbers.zero_()
+        there, here = descriptor.inside(place, memory.numbers)
+        here.copy_(there)
+        barrier.update(expected=-memory.numbers.numel() * memory.numbers.element_size())
+
+    _Program.now.copies.append(happen)
+    _pause()
+
+
+def _store_tile(descriptor: _Described, place: Sequence[int], memory: _Memory) -> None:
+    partition = _here.partition
+    if memory.numbers.data_ptr() in partition.unfenced:
+        raise MisuseError("the copy engine reads what was stored and not fenced")
+    partition.stores += 1
+
+    def happen() -> None:
+        there, here = descriptor.inside(place, memory.numbers)
+        there.copy_(here)
+        partition.stores -= 1
+
+    _Program.now.copies.append(happen)
+    _pause()
+
+
+def _store_wait(most: int) -> None:
+    partition = _here.partition
+    _pause(lambda: partition.stores <= most)
+
+
+def _wait(barrier: _Barrier, parity: int, pred: bool = True) -> None:
+    _pause(lambda: not pred or barrier.phase % 2 != parity)
+
+
+def _arrive(barrier: _Barrier) -> None:
+    barrier.update(arrivals=1)
+    _pause()
+
+
+def _expect(barrier: _Barrier, number: int) -> None:
+    barrier.update(arrivals=1, expected=number)
+    _pause()
+
+
+def _mma(a: Any, b: _Memory, accumulator: Any, *, use_acc: bool = True, is_async: bool = False) -> _Accumulator:
+    assert is_async
+    result = _Accumulator()
+
+    def happen() -> None:
+        before = accumulator.value if isinstance(accumulator, _Accumulator) else accumulator
+        product = (a.numbers if isinstance(a, _Memory) else a).float() @ b.numbers.float()
+        result.value = before + product if use_acc else product
+
+    _here.partition.products.append(happen)
+    _pause()
+    return result
+
+
+def _mma_wait(most: int, deps: Sequence[_Accumulator]) -> Tensor:
+    partition = _here.partition
+    _pause(lambda: len(partition.products) <= most)
+    (accumulator,) = deps
+    if accumulator.value is None:
+        raise MisuseError("a product is used that was not waited for")
+    return accumulator.value
+
+
+def _fence() -> None:
+    _here.partition.unfenced.clear()
+    _pause()
+
+
+def _warp_specialize(parts: Sequence[tuple[Any, tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
+    assert len(parts) == len(warps) + 1 == len(registers) + 1
+    _Program.now.run([lambda work=work, given=given: work(*given) for work, given in parts])  # type: ignore[misc]
+
+
+def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
+    if layout == "barriers":
+        return _Barriers(math.prod(shape))
+    return _Memory(torch.full(shape, float("nan"), dtype=dtype))
+
+
+def _read(pointer: _Pointer) -> Tensor:
+    return pointer.numbers[pointer.offset]
+
+
+def _write(pointer: _Pointer, value: Tensor, mask: Tensor) -> None:
+    pointer.numbers[pointer.offset[mask]] = value[mask]
+
+
+def _extreme(of_numbers: Callable[..., Any], of_tensors: Callable[..., Tensor]) -> Callable[..., Any]:
+    def call(a: Any, b: Any) -> Any:
+        if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+            return of_numbers(a, b)
+        return of_tensors(*(x if isinstance(x, Tensor) else torch.tensor(x) for x in (a, b)))
+
+    return call
+
+
+def _static_assert(condition: bool) -> None:
+    assert condition
+
+
+def _ignored(*_: Any, **__: Any) -> None:
+    return None
+
+
+_LANGUAGE = types.SimpleNamespace(
+    program_id=lambda _: _Program.now.number,
+    # As the compiled code: integers are divided towards 0.
+    cdiv=lambda a, b: int((a + b - 1) / b),
+    minimum=_extreme(min, torch.minimum), maximum=_extreme(max, torch.maximum), where=torch.where,
+    max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log2=torch.log2,
+    zeros=lambda shape, dtype, _: torch.zeros(shape, dtype=dtype),
+    full=lambda shape, value, dtype, _: torch.full(shape, value, dtype=dtype),
+    arange=lambda begin, end, _: torch.arange(begin, end, dtype=torch.int32),
+    cast=lambda x, dtype: x.to(dtype) if isinstance(x, Tensor) else x,
+    convert_layout=lambda x, _: x, static_range=range, load=_read, store=_write,
+    static_assert=_static_assert, allocate_shared_memory=_allocate, warp_specialize=_warp_specialize,
+    float32=torch.float32, int32=torch.int32, int64=torch.int64, constexpr=gl.constexpr,
+    SliceLayout=_ignored, DotOperandLayout=_ignored, NVMMADistributedLayout=_ignored,
+)  # fmt: skip
+_BARRIER = types.SimpleNamespace(
+    init=_Barrier.init, wait=_wait, arrive=_arrive, expect=_expect, MBarrierLayout=lambda: "barriers"
+)
+_TMA = types.SimpleNamespace(store_wait=_store_wait)
+_HOPPER = types.SimpleNamespace(
+    warpgroup_mma=_mma, warpgroup_mma_wait=_mma_wait, fence_async_shared=_fence, mbarrier=_BARRIER, tma=_TMA
+)
+
+
+class Kernel:
+    """Stands in for a ``gluon.jit`` kernel: ``Kernel(kernel, seed)[grid](**arguments)``."""
+
+    def __init__(self, kernel: Any, seed: int = 0) -> None:
+        self._function, self._choice, self.launches = _simulated(kernel, {}), random.Random(seed), 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*, num_warps: int, **arguments: Any) -> None:
+            assert num_warps == 4
+            self.launches += 1
+            given = {name: _given(argument) for name, argument in arguments.items()}
+            for number in range(math.prod(grid)):
+                _Program.now = _Program(number, self._choice)
+                self._function(**given)
+
+        return launch
+
+
+def _given(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return _Pointer(argument.detach())
+    return _Described(argument) if hasattr(argument, "block_shape") else argument
+
+
+def _simulated(value: Any, known: dict[int, Any]) -> Any:
+    """What a kernel finds under a global name: other kernels as Python, Gluon's operations as those above."""
+    if isinstance(value, gl.constexpr):
+        return value.value
+    if isinstance(value, ConstexprFunction):
+        return _ignored
+    replaced: list[tuple[Any, Any]] = [(gl, _LANGUAGE), (mbarrier, _BARRIER), (tma, _TMA), (gluon, None)]
+    for name in ("async_load", "async_copy_global_to_shared"):
+        replaced.append((getattr(tma, name, _TMA), _load_tile))
+    for name in ("async_store", "async_copy_shared_to_global"):
+        replaced.append((getattr(tma, name, _TMA), _store_tile))
+    for original, ours in replaced:
+        if value is original:
+            return ours
+    if isinstance(value, types.ModuleType) and value.__name__.endswith("nvidia.hopper"):
+        return _HOPPER
+    if not isinstance(value, JITCallable):
+        return value
+    if id(value) not in known:
+        names: dict[str, Any] = {"__builtins__": __builtins__}
+        known[id(value)] = types.FunctionType(value.fn.__code__, names, value.fn.__name__)
+        names |= {name: _simulated(found, known) for name, found in value.fn.__globals__.items() if name[:2] != "__"}
+    return known[id(value)]

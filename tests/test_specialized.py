@@ -1,0 +1,246 @@
+"""The forward kernel of specialised warps (kernels/attention/specialized.py): on a Hopper GPU, or simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from backends import DEVICE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import attention_cases
+from torch import Tensor
+
+import fastattn
+from fastattn.kernels.attention import config, launch, prepared
+from fastattn.kernels.attention.config import Tile
+from fastattn.testing import AttentionCase as Case
+from fastattn.testing import check, evaluate, make_inputs, public_call
+
+specialized = pytest.importorskip("fastattn.kernels.attention.specialized")
+gluon_simulator = pytest.importorskip("gluon_simulator")
+HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = pytest.mark.skipif(
+    launch.why_unavailable(DEVICE) is not None or (DEVICE == "cuda" and not HOPPER), reason="needs a Hopper GPU or none"
+)
+KERNEL = specialized.attention_forward_specialized
+TILES = [Tile(128, block_n, stages=stages, specialized=True) for block_n, stages in ((16, 2), (32, 3))]
+
+
+class Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def start(**arguments: Any) -> None:
+            self.launches += 1
+            self.kernel[grid](**arguments)
+
+        return start
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[Counted]:
+    """The kernel as the launch finds it: the device's, or another order of events for each test."""
+    counted = Counted(KERNEL if HOPPER else gluon_simulator.Kernel(KERNEL, seed))
+    monkeypatch.setattr(specialized, KERNEL.__name__, counted)
+    prepared._known.clear()
+    with fastattn.backend("triton"):
+        yield counted
+    prepared._known.clear()
+
+
+CASES = {
+    "lengths no tile divides": Case(rows=150, columns=77),
+    "one row, one key": Case(rows=1, columns=1),
+    "fewer rows than a consumer's": Case(rows=20, columns=50),
+    "whole tiles": Case(rows=256, columns=128),
+    "narrow": Case(rows=130, columns=70, head_dim=8),
+    "features no power of two": Case(batch=2, rows=70, columns=33, head_dim=24),
+    "wide": Case(rows=140, columns=70, head_dim=256, heads=1, key_heads=1),
+    "causal": Case(rows=200, columns=200, causal=True),
+    "more keys than rows": Case(rows=130, columns=300, causal=True),
+    "more rows than keys": Case(rows=300, columns=70, causal=True),
+    "bottom right": Case(rows=140, columns=275, causal=True, alignment="bottom-right"),
+    "bottom right, rows without keys": Case(rows=275, columns=140, causal=True, alignment="bottom-right"),
+    "window": Case(rows=300, columns=300, window=(40, 30)),
+    "causal window": Case(rows=300, columns=300, causal=True, window=(100, None)),
+    "window narrower than a tile": Case(rows=200, columns=200, window=(3, 2)),
+    "window before all keys": Case(rows=300, columns=40, window=(5, 5)),
+    "window to the right": Case(rows=150, columns=250, window=(0, None)),
+    "window to the left": Case(rows=150, columns=250, window=(None, 0)),
+    "grouped": Case(batch=2, heads=6, key_heads=2, rows=137, columns=45, causal=True),
+    "heads first": Case(batch=2, heads=4, key_heads=2, rows=137, columns=45, layout="heads_first"),
+    "packed projection": Case(batch=2, rows=137, columns=137, layout="packed"),
+    "sinks": Case(rows=137, columns=45, sinks=True, causal=True),
+    "sinks of rows without keys": Case(rows=300, columns=40, sinks=True, window=(5, 5)),
+}
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.block_n} keys")
+@pytest.mark.parametrize("name", CASES)
+def test_feature(name: str, tile: Tile, kernel: Counted) -> None:
+    case = replace(CASES[name], dtype=torch.bfloat16)
+    with config.override(tile):
+        check(case if case.head_dim != 8 or name == "narrow" else replace(case, head_dim=16), device=DEVICE)
+    assert kernel.launches > 0
+
+
+SHIPPED = [
+    Case(batch=2, heads=1, key_heads=1, rows=200, columns=300, head_dim=head_dim, causal=causal, window=window)
+    for head_dim in (64, 80, 256)
+    for causal, window in ((False, None), (True, None), (True, (90, None)))
+]
+
+
+@pytest.mark.parametrize("case", SHIPPED, ids=lambda case: f"{case.head_dim}, {case.band}")
+def test_the_tiles_that_ship(case: Case, kernel: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "architecture", lambda _: 90)
+    with config.specialized():
+        check(replace(case, dtype=torch.bfloat16), device=DEVICE)
+    assert kernel.launches > 0
+
+
+@settings(max_examples=40)
+@given(
+    case=attention_cases(), tile=st.sampled_from(TILES), dtype=st.sampled_from((torch.float16, torch.bfloat16)),
+    rows=st.integers(1, 300), columns=st.integers(1, 100), order=st.integers(0, 2**31),
+)  # fmt: skip
+def test_combinations(case: Case, tile: Tile, dtype: torch.dtype, rows: int, columns: int, order: int) -> None:
+    """All that the kernel serves, in any order of events."""
+    case = replace(
+        case, batch=1, rows=rows, columns=columns, head_dim=min(-(-case.head_dim // 8) * 8, 64), dtype=dtype,
+        layout="heads_last" if case.layout in ("sliced", "expanded") else case.layout, mask=None, padding=None,
+        softcap=None, alibi=False, segments=None, dropout_p=0.0, scale=None if case.scale == -0.7 else case.scale,
+    )  # fmt: skip
+    if case.layout == "packed":
+        case = replace(case, key_heads=case.heads, columns=rows)
+    with pytest.MonkeyPatch.context() as patch, fastattn.backend("triton"), config.override(tile):
+        counted = Counted(KERNEL if HOPPER else gluon_simulator.Kernel(KERNEL, order))
+        patch.setattr(specialized, KERNEL.__name__, counted)
+        check(case, device=DEVICE)
+    assert counted.launches > 0
+
+
+OTHERS = {
+    "float mask": Case(mask=torch.float32), "boolean mask": Case(mask=torch.bool), "padding": Case(padding=torch.bool),
+    "dropout": Case(dropout_p=0.1), "softcap": Case(softcap=3.0), "alibi": Case(alibi=True),
+    "segments": Case(segments="sorted"), "single precision": Case(dtype=torch.float32),
+    "negative scale": Case(scale=-0.5), "rows of 20 bytes": Case(head_dim=10), "no key": Case(columns=0),
+    "no query": Case(rows=0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_it_does_not_serve(name: str, kernel: Counted) -> None:
+    case = OTHERS[name]
+    dtype = case.dtype if name == "single precision" else torch.float16
+    with config.override(replace(TILES[0], block_m=32)):
+        check(replace(case, dtype=dtype, head_dim=case.head_dim if case.head_dim == 10 else 16), device=DEVICE)
+    assert kernel.launches == 0
+
+
+def test_expanded_batches_are_not_served(kernel: Counted) -> None:
+    query = torch.randn(3, 2, 20, 16, dtype=torch.float16, device=DEVICE)
+    with config.override(replace(TILES[0], block_m=32)):
+        attention(query, *[query[:1].expand(3, -1, -1, -1)] * 2)
+    assert kernel.launches == 0
+
+
+def test_packed_sequences_are_not_served(kernel: Counted) -> None:
+    query = torch.randn(50, 2, 16, dtype=torch.float16, device=DEVICE)
+    bounds = torch.tensor([0, 20, 50], dtype=torch.int32, device=DEVICE)
+    with config.override(replace(TILES[0], block_m=32)):
+        fastattn.varlen_attention(query, query, query, bounds, bounds, 30, 30)
+    assert kernel.launches == 0
+
+
+def attention(*tensors: Tensor, **options: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = fastattn.scaled_dot_product_attention(*tensors, **options)
+    return result
+
+
+def test_no_order_of_events_changes_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(rows=300, columns=150, head_dim=16, causal=True, dtype=torch.bfloat16)
+    found = []
+    with fastattn.backend("triton"), config.override(TILES[1]):
+        for order in range(20):
+            if not HOPPER:
+                monkeypatch.setattr(specialized, KERNEL.__name__, gluon_simulator.Kernel(KERNEL, order))
+            with torch.no_grad():
+                found.append(public_call(case, make_inputs(case, DEVICE)))
+    for results in found[1:]:
+        for one, first in zip(results, found[0], strict=True):
+            assert torch.equal(one, first)
+
+
+def test_neighbours_do_not_leak(kernel: Counted) -> None:
+    """Rows and features beyond those of a view are NaN."""
+    case = Case(batch=2, heads=4, key_heads=2, rows=137, columns=45, head_dim=24, dtype=torch.float16, causal=True)
+    inputs = make_inputs(case, DEVICE)
+
+    def amid_nan(tensor: Tensor) -> Tensor:
+        batch, heads, length, dim = tensor.shape
+        around = torch.full((batch, length + 40, heads + 2, dim + 16), float("nan"), dtype=tensor.dtype, device=DEVICE)
+        return around.transpose(1, 2)[:, 1:-1, 8:-32, 8:-8].copy_(tensor)
+
+    with config.override(TILES[1]):
+        expected = evaluate(public_call, case, inputs)
+        inputs = replace(inputs, query=amid_nan(inputs.query), key=amid_nan(inputs.key), value=amid_nan(inputs.value))
+        found = evaluate(public_call, case, inputs)
+    assert kernel.launches == 2
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def test_a_plain_launch_is_made_ready_once(kernel: Counted) -> None:
+    with config.override(TILES[0]):
+        for _ in range(3):
+            given = [torch.randn(2, 2, 20, 16, device=DEVICE).half() for _ in range(3)]
+            assert torch.equal(
+                attention(*given, is_causal=True), attention(*given, is_causal=True, deterministic=False)
+            )
+        assert kernel.launches == 6
+        assert len(prepared._known) == 1
+
+
+@pytest.mark.parametrize("faster", [frozenset(), frozenset({64})], ids=["unmeasured", "measured faster"])
+def test_it_is_chosen_where_it_measured_faster(faster: frozenset[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "architecture", lambda _: 90)
+    monkeypatch.setattr(config, "_SPECIALIZED_FASTER", faster)
+
+    def name_of(head_dim: int) -> str:
+        started: list[str] = []
+
+        class Recorded:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def __getitem__(self, _: Any) -> Any:
+                started.append(self.name)
+                return lambda **_: None
+
+        query = torch.zeros(1, 1, 16, head_dim, dtype=torch.bfloat16)
+        monkeypatch.setattr(specialized, KERNEL.__name__, Recorded("specialized"))
+        monkeypatch.setattr(launch, "forward", SimpleNamespace(attention_forward=Recorded("forward")))
+        launch.attention(query, query, query, None, *(None,) * 6, 0.0, 0.1, 0.0, 0, None, 0)
+        return started[0]
+
+    assert name_of(64) == ("specialized" if faster else "forward")
+    assert name_of(128) == "forward"
+    with config.specialized():
+        assert name_of(128) == "specialized"
+    assert name_of(128) == "forward"
+
+
+def test_nothing_unmeasured_is_chosen() -> None:
+    """A GPU path that has never run on a device is nobody's default."""
+    assert not launch.VERIFIED
+    assert not config._SPECIALIZED_FASTER
