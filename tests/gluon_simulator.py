@@ -287,8 +287,12 @@ def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
     return _Memory(torch.full(shape, float("nan"), dtype=dtype))
 
 
-def _read(pointer: _Pointer) -> Tensor:
-    return pointer.numbers[pointer.offset]
+def _read(pointer: _Pointer, mask: Tensor | None = None, other: float = 0) -> Any:
+    """A tensor; of one number, which decides where the program goes, a number."""
+    if mask is None:
+        found = pointer.numbers[pointer.offset]
+        return found if found.is_floating_point() else int(found)
+    return torch.where(mask, pointer.numbers[pointer.offset.where(mask, 0)], other)
 
 
 def _write(pointer: _Pointer, value: Tensor, mask: Tensor) -> None:
@@ -357,6 +361,8 @@ class Kernel:
 def _given(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return _Pointer(argument.detach())
+    if hasattr(argument, "_fields"):
+        return type(argument)(*map(_given, argument))
     return _Described(argument) if hasattr(argument, "block_shape") else argument
 
 

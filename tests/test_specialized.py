@@ -78,6 +78,19 @@ CASES = {
     "grouped": Case(batch=2, heads=6, key_heads=2, rows=137, columns=45, causal=True),
     "heads first": Case(batch=2, heads=4, key_heads=2, rows=137, columns=45, layout="heads_first"),
     "packed projection": Case(batch=2, rows=137, columns=137, layout="packed"),
+    "padding to the right": Case(batch=4, rows=137, columns=245, padding=torch.bool),
+    "padding to the left": Case(batch=4, rows=137, columns=245, padding=torch.bool, padding_kind="left"),
+    "padding with holes": Case(batch=2, rows=137, columns=245, padding=torch.bool, padding_kind="holes"),
+    "nothing but padding": Case(batch=2, rows=137, columns=45, padding=torch.bool, padding_kind="all"),
+    "causal, padding to the left": Case(
+        batch=4, rows=200, columns=200, padding=torch.bool, padding_kind="left", causal=True
+    ),
+    "causal window, padding to the right": Case(
+        batch=4, rows=200, columns=200, padding=torch.bool, causal=True, window=(70, None)
+    ),
+    "window, padding with holes": Case(
+        batch=2, rows=200, columns=200, padding=torch.bool, padding_kind="holes", window=(70, 20)
+    ),
     "sinks": Case(rows=137, columns=45, sinks=True, causal=True),
     "sinks of rows without keys": Case(rows=300, columns=40, sinks=True, window=(5, 5)),
 }
@@ -92,16 +105,17 @@ def test_feature(name: str, tile: Tile, kernel: Counted) -> None:
     assert kernel.launches > 0
 
 
-SHIPPED = [
-    Case(batch=2, heads=1, key_heads=1, rows=200, columns=300, head_dim=head_dim, causal=causal, window=window)
-    for head_dim in (64, 80, 256)
-    for causal, window in ((False, None), (True, None), (True, (90, None)))
-]
+SHIPPED = {
+    "full": Case(), "causal": Case(causal=True), "window": Case(causal=True, window=(90, None)),
+    "padding": Case(causal=True, padding=torch.bool),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", SHIPPED, ids=lambda case: f"{case.head_dim}, {case.band}")
-def test_the_tiles_that_ship(case: Case, kernel: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_tiles_that_ship(name: str, head_dim: int, kernel: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "architecture", lambda _: 90)
+    case = replace(SHIPPED[name], batch=2, heads=1, key_heads=1, rows=200, columns=300, head_dim=head_dim)
     with config.specialized():
         check(replace(case, dtype=torch.bfloat16), device=DEVICE)
     assert kernel.launches > 0
@@ -115,8 +129,9 @@ def test_the_tiles_that_ship(case: Case, kernel: Counted, monkeypatch: pytest.Mo
 def test_combinations(case: Case, tile: Tile, dtype: torch.dtype, rows: int, columns: int, order: int) -> None:
     """All that the kernel serves, in any order of events."""
     case = replace(
-        case, batch=1, rows=rows, columns=columns, head_dim=min(-(-case.head_dim // 8) * 8, 64), dtype=dtype,
-        layout="heads_last" if case.layout in ("sliced", "expanded") else case.layout, mask=None, padding=None,
+        case, batch=min(max(case.batch, 1), 2), rows=rows, columns=columns, dtype=dtype,
+        head_dim=min(-(-case.head_dim // 8) * 8, 64), padding=case.padding and torch.bool,
+        layout="heads_last" if case.layout in ("sliced", "expanded") else case.layout, mask=None,
         softcap=None, alibi=False, segments=None, dropout_p=0.0, scale=None if case.scale == -0.7 else case.scale,
     )  # fmt: skip
     if case.layout == "packed":
@@ -129,9 +144,9 @@ def test_combinations(case: Case, tile: Tile, dtype: torch.dtype, rows: int, col
 
 
 OTHERS = {
-    "float mask": Case(mask=torch.float32), "boolean mask": Case(mask=torch.bool), "padding": Case(padding=torch.bool),
-    "dropout": Case(dropout_p=0.1), "softcap": Case(softcap=3.0), "alibi": Case(alibi=True),
-    "segments": Case(segments="sorted"), "single precision": Case(dtype=torch.float32),
+    "float mask": Case(mask=torch.float32), "boolean mask": Case(mask=torch.bool),
+    "float padding": Case(padding=torch.float32), "dropout": Case(dropout_p=0.1), "softcap": Case(softcap=3.0),
+    "alibi": Case(alibi=True), "segments": Case(segments="sorted"), "single precision": Case(dtype=torch.float32),
     "negative scale": Case(scale=-0.5), "rows of 20 bytes": Case(head_dim=10), "no key": Case(columns=0),
     "no query": Case(rows=0),
 }  # fmt: skip

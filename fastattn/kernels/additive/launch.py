@@ -15,7 +15,7 @@ try:
     from fastattn.kernels.additive import gradient as gradient_kernel
     from fastattn.kernels.additive import scores as scores_kernel
     from fastattn.kernels.additive.primitives import Strided
-    from fastattn.kernels.attention.padding import key_bounds
+    from fastattn.kernels.attention.operands import bounds
 except ImportError:  # why_unavailable says so
     _TRITON = False
 else:
@@ -25,7 +25,6 @@ else:
 # asked for: a path that never ran on a real device is not a default.
 VERIFIED: frozenset[tuple[tuple[int, int], str]] = frozenset()
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_BOUNDS_BLOCK = 1024
 
 
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
@@ -120,13 +119,7 @@ def _ends(key_padding_mask: Tensor | None) -> Tensor | None:
     """For each batch, one past the last key that takes part, (B) int32."""
     if key_padding_mask is None or key_padding_mask.numel() == 0:
         return None
-    batch, columns = key_padding_mask.shape
-    begin, end = (key_padding_mask.new_empty(batch, dtype=torch.int32) for _ in range(2))
-    with on(key_padding_mask.device):
-        key_bounds[(batch,)](
-            key_padding_mask.view(torch.uint8), begin, end, *key_padding_mask.stride(), columns,
-            PADDING_BOOL=True, BLOCK_N=_BOUNDS_BLOCK,
-        )  # fmt: skip
+    _, end, _ = bounds(key_padding_mask)
     return end
 
 

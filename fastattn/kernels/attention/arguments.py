@@ -61,7 +61,8 @@ class Shape(NamedTuple):
 class Masks(NamedTuple):
     """What is added to the scores or masks them.
 
-    A mask (B, H, L, S) with stride 0 where it broadcasts; a padding mask (B, S) with the (start, end) of its keys;
+    A mask (B, H, L, S) with stride 0 where it broadcasts; a padding mask (B, S) with the (start, end) of its keys
+    and whether there is padding between (holes);
     ALiBi slopes (B, H); segments of queries (B, L) and keys (B, S), contiguous, with the (start, end) of the keys that
     belong to any of 16 queries (B, L / 16), and the other way round; ``cap`` of the capped scores.
     """
@@ -76,6 +77,7 @@ class Masks(NamedTuple):
     padding_column: Any
     start: Any
     end: Any
+    holes: Any
     slopes: Any
     slopes_batch: Any
     segment_query: Any

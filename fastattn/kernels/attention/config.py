@@ -162,9 +162,9 @@ _BLACKWELL_HEAVY_DESCRIBED = {
         256: Tile(16, 128, 8, apart=True, descriptors=True),
     },
 }
-# The forward kernel of specialised warps (``specialized``), by whether there is a window, whose comparisons take
-# registers (16 to 40 bytes spilled with the larger tiles at 64 and 256). All exponentials run beside a product, and no
-# barrier holds all warps. TFLOP/s on paper of causal calls, without overlap and as compiled:
+# The forward kernel of specialised warps (``specialized``), by whether a window or padding may cut the first
+# keys of a row, which takes registers (16 to 40 bytes spilled with the larger tiles). All exponentials
+# run beside a product, and no barrier holds all warps. TFLOP/s on paper of causal calls, no overlap and as compiled:
 #                                  64          128         256
 #     attention_forward            442, 692    584, 940    542, 542
 #     by specialised warps         467, 920    584, 949    542, 949
@@ -172,11 +172,7 @@ _BLACKWELL_HEAVY_DESCRIBED = {
 # 893 as compiled), 232 registers for a consumer and 40 for the producer (28 to 76 bytes at 128 and 256).
 _SPECIALIZED = {
     False: {128: Tile(128, 128, specialized=True), 256: Tile(128, 64, specialized=True)},
-    True: {
-        64: Tile(128, 64, stages=4, specialized=True),
-        128: Tile(128, 128, specialized=True),
-        256: Tile(128, 32, stages=4, specialized=True),
-    },
+    True: {128: Tile(128, 64, stages=4, specialized=True), 256: Tile(128, 32, stages=4, specialized=True)},
 }
 # Blocks of the head dimension for which it measured faster than ``attention_forward``: none, it never ran on a device.
 _SPECIALIZED_FASTER: frozenset[int] = frozenset()
@@ -223,13 +219,16 @@ def tile(
     return next(choice for largest, choice in choices.items() if block_d(head_dim) <= largest)
 
 
-def specialized_tile(head_dim: int, *, window: bool, arch: int) -> Tile | None:
-    """The tile of the forward kernel of specialised warps; None where ``attention_forward`` is to be taken."""
+def specialized_tile(head_dim: int, *, cut: bool, arch: int) -> Tile | None:
+    """The tile of the forward kernel of specialised warps; None where ``attention_forward`` is to be taken.
+
+    ``cut``: a window or padding may cut the first keys of a row.
+    """
     if _override is not None:
         return _override if _override.specialized and arch in (0, 90) else None
     if arch != 90 or not (_specialize or block_d(head_dim) in _SPECIALIZED_FASTER):
         return None
-    return next(choice for largest, choice in _SPECIALIZED[window].items() if block_d(head_dim) <= largest)
+    return next(choice for largest, choice in _SPECIALIZED[cut].items() if block_d(head_dim) <= largest)
 
 
 def product_piece(dtype: torch.dtype, head_dim: int) -> int:

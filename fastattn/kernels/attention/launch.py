@@ -84,12 +84,14 @@ class Problem:
         self.dtype, self.device, self.dropout = query.dtype, query.device, dropout_p > 0.0
         masked = attn_mask is not None or key_padding_mask is not None or segment_query is not None
         bent = softcap > 0.0 or alibi_slopes is not None
-        # Nothing beside the products decides the probabilities but a band.
-        self.bare = not (masked or bent or self.dropout)
         # A sequence's own lengths and addresses take registers that the plain tiles have none left of above 128.
         tight = packed is not NOT_PACKED and config.block_d(self.head_dim) > 128
         self.heavy = masked or bent or self.dropout or lower is not None or tight
         natural = any(mask is not None and mask.dtype != torch.bool for mask in (attn_mask, key_padding_mask))
+        # Nothing beside the products decides the probabilities but a band and boolean padding.
+        self.bare = not (
+            natural or bent or self.dropout or attn_mask is not None or segment_query is not None
+        )
         self.scale = scale
         unit = 1.0 if natural else _LOG2E
         self.score_scale = scale / softcap if softcap > 0.0 else scale * unit
@@ -139,13 +141,13 @@ class Problem:
     def specialized_tile(self, tensors: Mapping[str, Any]) -> config.Tile | None:
         """The tile of the forward kernel of specialised warps; None where ``attention_forward`` is to be taken.
 
-        It serves what has no mask but a band, tensors that descriptors can read and write, and scores that grow with
-        the products: it takes their maximum first and scales it afterwards.
+        It serves what has no masks but a band and boolean padding, tensors that descriptors can read and write, and
+        scores that grow with the products: it takes their maximum first and scales it afterwards.
         """
         if not self.bare or self.packed is not NOT_PACKED or self.score_scale <= 0.0:
             return None
-        window = self.features.has_lower
-        tile = config.specialized_tile(self.head_dim, window=window, arch=architecture(self.device))
+        cut = self.features.has_lower or self.features.padding_bool
+        tile = config.specialized_tile(self.head_dim, cut=cut, arch=architecture(self.device))
         described = tile is not None and all(descriptors.describable(heads) for heads in tensors.values())
         return tile if described else None
 
@@ -218,7 +220,7 @@ def _specialized_launch(
     programs = triton.cdiv(shared.rows, tile.block_m) * shared.batch * shared.heads
     return specialized.attention_forward_specialized[(programs,)], {
         **{name: descriptors.of_gluon(heads, rows[name], block_d) for name, heads in tensors.items()}, **given,
-        "shape": shared.shape, "F": shared.features, "BLOCK_D": block_d, "BLOCK_M": tile.block_m,
+        "masks": shared.masks, "shape": shared.shape, "F": shared.features, "BLOCK_D": block_d, "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n, "STAGES": tile.stages, "num_warps": tile.warps,
     }  # fmt: skip
 

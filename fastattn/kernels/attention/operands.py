@@ -29,16 +29,21 @@ def mask(attn_mask: Tensor | None) -> tuple[Any, ...]:
 
 
 def padding(mask: Tensor | None) -> tuple[Any, ...]:
-    """Pointer, strides, and the first and one past the last key (B) that is not padding."""
+    """Pointer, strides, the first and one past the last key (B) that is not padding, whether there is any between."""
     if mask is None:
-        return None, 0, 0, None, None
-    start, end = (mask.new_empty(mask.shape[0], dtype=torch.int32) for _ in range(2))
+        return None, 0, 0, None, None, None
+    return _bytes(mask), *mask.stride(), *bounds(mask)
+
+
+def bounds(mask: Tensor) -> list[Tensor]:
+    """What ``key_bounds`` finds in a padding mask (B, S)."""
+    found = [mask.new_empty(mask.shape[0], dtype=torch.int32) for _ in range(3)]
     with on(mask.device):
         key_bounds[(mask.shape[0],)](
-            _bytes(mask), start, end, *mask.stride(), mask.shape[1], PADDING_BOOL=mask.dtype == torch.bool,
+            _bytes(mask), *found, *mask.stride(), mask.shape[1], PADDING_BOOL=mask.dtype == torch.bool,
             BLOCK_N=_BOUNDS_BLOCK,
         )  # fmt: skip
-    return _bytes(mask), *mask.stride(), start, end
+    return found
 
 
 def segments(query: Tensor | None, key: Tensor | None) -> tuple[Any, ...]:

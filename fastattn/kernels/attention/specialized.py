@@ -42,14 +42,18 @@ class Ring(NamedTuple):
 class Work(NamedTuple):
     """Queries from ``first_row`` on of head h of batch b, and ``tiles`` of keys from ``begin`` on.
 
-    Counted from the last one, the end or the upper bound cuts tiles before ``whole``, the lower bound from ``cut`` on.
+    Of the keys [``first_key``, ``end_key``) take part. Counted from the last one, padding has holes in tiles before
+    ``solid``, the end or the upper bound cuts tiles before ``whole``, the start or the lower bound from ``cut`` on.
     """
 
     b: Any
     h: Any
     first_row: Any
+    first_key: Any
+    end_key: Any
     begin: Any
     tiles: Any
+    solid: Any
     whole: Any
     cut: Any
 
@@ -61,7 +65,7 @@ def _accumulator(columns):
 
 
 @gluon.jit
-def _work_of_program(shape, F: gl.constexpr, BLOCK_N: gl.constexpr):
+def _work_of_program(masks, shape, F: gl.constexpr, BLOCK_N: gl.constexpr):
     """What this program computes; for queries that see no key one tile, all of it masked."""
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
     blocks = gl.cdiv(shape.rows, BLOCK_M)
@@ -69,21 +73,31 @@ def _work_of_program(shape, F: gl.constexpr, BLOCK_N: gl.constexpr):
     # The last rows see the most keys under a causal mask: start them first, so that none of them ends alone.
     first_row = (blocks - 1 - program % blocks) * BLOCK_M
     last_row = gl.minimum(first_row + BLOCK_M, shape.rows) - 1
-    begin = 0
-    end = shape.columns
-    whole_end = shape.columns
+    batch_head = program // blocks
+    b = batch_head // shape.heads
+    first_key = 0
+    end_key = shape.columns
+    holes = 0
+    if masks.padding is not None:
+        first_key = gl.load(masks.start + b)
+        end_key = gl.load(masks.end + b)
+        holes = gl.load(masks.holes + b)
+    begin = first_key  # of the keys that any row sees, then of those that all see
+    end = end_key
+    whole_begin = first_key
+    whole_end = end_key
     if F.has_lower:
-        begin = gl.maximum(first_row + shape.lower, 0) // BLOCK_N * BLOCK_N
+        begin = gl.maximum(begin, first_row + shape.lower)
+        whole_begin = gl.maximum(whole_begin, last_row + shape.lower)
     if F.has_upper:
         end = gl.minimum(end, last_row + shape.upper + 1)
         whole_end = gl.minimum(end, first_row + shape.upper + 1)
+    begin = begin // BLOCK_N * BLOCK_N
     tiles = gl.maximum(gl.cdiv(end - begin, BLOCK_N), 1)
-    whole = gl.maximum(tiles - gl.maximum(whole_end - begin, 0) // BLOCK_N, 1)
-    cut = tiles
-    if F.has_lower:
-        cut = gl.maximum(tiles - gl.cdiv(gl.maximum(last_row + shape.lower - begin, 0), BLOCK_N), whole)
-    batch_head = program // blocks
-    return Work(batch_head // shape.heads, batch_head % shape.heads, first_row, begin, tiles, whole, cut)
+    solid = 1 + holes * (tiles - 1)
+    whole = gl.maximum(tiles - gl.maximum(whole_end - begin, 0) // BLOCK_N, solid)
+    cut = gl.maximum(tiles - gl.cdiv(gl.maximum(whole_begin - begin, 0), BLOCK_N), whole)
+    return Work(b, batch_head % shape.heads, first_row, first_key, end_key, begin, tiles, solid, whole, cut)
 
 
 @gluon.jit
@@ -103,10 +117,10 @@ def _fetch(rows, ring, tile, batch, head, row, STAGES: gl.constexpr, BYTES: gl.c
 
 @gluon.jit
 def _produce(
-    query, key, value, queries, arrived, keys, values, shape,
+    query, key, value, queries, arrived, keys, values, masks, shape,
     F: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    work = _work_of_program(shape, F, BLOCK_N)
+    work = _work_of_program(masks, shape, F, BLOCK_N)
     mbarrier.expect(arrived, 2 * CONSUMERS * ROWS * BLOCK_D)
     for consumer in gl.static_range(CONSUMERS):
         _load(query, [work.b, work.h, work.first_row + consumer * ROWS, 0], arrived, queries.index(consumer))
@@ -138,23 +152,34 @@ def _start_output(
 
 
 @gluon.jit
-def _within(
-    score, row, column, shape,
-    F: gl.constexpr, UPPER: gl.constexpr, LOWER: gl.constexpr, BLOCK_N: gl.constexpr,
+def _taking_part(
+    score, row, work, tile, masks, shape, F: gl.constexpr, HOLES: gl.constexpr, UPPER: gl.constexpr,
+    LOWER: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """-inf where there is no key (with UPPER) or the band excludes it, by the bounds that may cut this tile.
+    """-inf where there is no key, or padding or the band excludes it: by what may cut this tile.
 
     A row compares all columns with one bound of its own: differences of rows and columns would take a register each
     (468 bytes spilled at head dimension 128).
     """
-    columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, _accumulator(BLOCK_N)))[None, :]
+    rows: gl.constexpr = gl.SliceLayout(1, _accumulator(BLOCK_N))
+    column = work.begin + (work.tiles - 1 - tile) * BLOCK_N
+    columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, _accumulator(BLOCK_N)))
+    if HOLES and masks.padding is not None:
+        start = masks.padding + gl.cast(work.b, gl.int64) * masks.padding_batch
+        start += gl.cast(column, gl.int64) * masks.padding_column
+        inside = columns < shape.columns - column
+        value = gl.load(start + columns * masks.padding_column, mask=inside, other=0)
+        score = gl.where((value != 0)[None, :], score, float("-inf"))
+    columns = columns[None, :]
     if UPPER:
-        last = gl.zeros([ROWS], gl.int32, gl.SliceLayout(1, _accumulator(BLOCK_N))) + (shape.columns - 1 - column)
+        last = gl.zeros([ROWS], gl.int32, rows) + (work.end_key - 1 - column)
         if F.has_upper:
             last = gl.minimum(last, row + (shape.upper - column))
         score = gl.where(columns <= last[:, None], score, float("-inf"))
-    if LOWER and F.has_lower:
-        first = row + (shape.lower - column)
+    if LOWER and (F.has_lower or masks.padding is not None):
+        first = gl.zeros([ROWS], gl.int32, rows) + (work.first_key - column)
+        if F.has_lower:
+            first = gl.maximum(first, row + (shape.lower - column))
         score = gl.where(columns >= first[:, None], score, float("-inf"))
     return score
 
@@ -185,9 +210,9 @@ def _of_output(rows, BLOCK_D: gl.constexpr):
 
 @gluon.jit
 def _walk(
-    output, probability, total, maximum, queries, keys, values, begin, end, work, row, scale, shape,
-    F: gl.constexpr, UPPER: gl.constexpr, LOWER: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+    output, probability, total, maximum, queries, keys, values, begin, end, work, row, scale, masks, shape,
+    F: gl.constexpr, HOLES: gl.constexpr, UPPER: gl.constexpr, LOWER: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fold tiles [begin, end) into (total, maximum), and the ones before them into output.
 
@@ -201,9 +226,7 @@ def _walk(
         output = _start_output(output, probability, values, tile - 1, BLOCK_D, BLOCK_N, STAGES)
         score = hopper.warpgroup_mma_wait(1, deps=[score])
         mbarrier.arrive(keys.read.index(place))
-        if UPPER or LOWER:
-            column = work.begin + (work.tiles - 1 - tile) * BLOCK_N
-            score = _within(score, row, column, shape, F, UPPER, LOWER, BLOCK_N)
+        score = _taking_part(score, row, work, tile, masks, shape, F, HOLES, UPPER, LOWER, BLOCK_N)
         weight, added, maximum, decay = _softmax(score, maximum, scale)
         total = total * decay + added
         # Here, not at the start of the next pass: otherwise the assembler waits for the output before the exponentials.
@@ -217,10 +240,10 @@ def _walk(
 
 @gluon.jit
 def _consume(
-    out, logsumexp, sinks, all_queries, arrived, keys, values, scale, shape, consumer: gl.constexpr,
+    out, logsumexp, sinks, all_queries, arrived, keys, values, scale, masks, shape, consumer: gl.constexpr,
     F: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    work = _work_of_program(shape, F, BLOCK_N)
+    work = _work_of_program(masks, shape, F, BLOCK_N)
     rows: gl.constexpr = gl.SliceLayout(1, _accumulator(BLOCK_N))
     queries = all_queries.index(consumer).reshape([ROWS, BLOCK_D])
     row = work.first_row + consumer * ROWS + gl.arange(0, ROWS, rows)
@@ -233,24 +256,29 @@ def _consume(
     score = _start_scores(queries, keys, 0, BLOCK_D, BLOCK_N, STAGES)
     score = hopper.warpgroup_mma_wait(0, deps=[score])
     mbarrier.arrive(keys.read.index(0))
-    score = _within(score, row, work.begin + (work.tiles - 1) * BLOCK_N, shape, F, True, True, BLOCK_N)
+    score = _taking_part(score, row, work, 0, masks, shape, F, True, True, True, BLOCK_N)
     weight, total, maximum, _ = _softmax(score, maximum, scale)
     probability = _operand(weight, keys.tiles, BLOCK_D)
     place, phase = _place(1, STAGES)
     mbarrier.wait(keys.filled.index(place), phase, pred=work.tiles > 1)
 
-    output, probability, total, maximum = _walk(
-        output, probability, total, maximum, queries, keys, values, 1, work.whole, work, row, scale, shape,
-        F, True, True, BLOCK_D, BLOCK_N, STAGES,
-    )  # fmt: skip
-    output, probability, total, maximum = _walk(
-        output, probability, total, maximum, queries, keys, values, work.whole, work.cut, work, row, scale, shape,
-        F, False, False, BLOCK_D, BLOCK_N, STAGES,
-    )  # fmt: skip
-    if F.has_lower:
+    if masks.padding is not None:
         output, probability, total, maximum = _walk(
-            output, probability, total, maximum, queries, keys, values, work.cut, work.tiles, work, row, scale, shape,
-            F, False, True, BLOCK_D, BLOCK_N, STAGES,
+            output, probability, total, maximum, queries, keys, values, 1, work.solid, work, row, scale, masks, shape,
+            F, True, True, True, BLOCK_D, BLOCK_N, STAGES,
+        )  # fmt: skip
+    output, probability, total, maximum = _walk(
+        output, probability, total, maximum, queries, keys, values, work.solid, work.whole, work, row, scale, masks,
+        shape, F, False, True, True, BLOCK_D, BLOCK_N, STAGES,
+    )  # fmt: skip
+    output, probability, total, maximum = _walk(
+        output, probability, total, maximum, queries, keys, values, work.whole, work.cut, work, row, scale, masks,
+        shape, F, False, False, False, BLOCK_D, BLOCK_N, STAGES,
+    )  # fmt: skip
+    if F.has_lower or masks.padding is not None:
+        output, probability, total, maximum = _walk(
+            output, probability, total, maximum, queries, keys, values, work.cut, work.tiles, work, row, scale, masks,
+            shape, F, False, False, True, BLOCK_D, BLOCK_N, STAGES,
         )  # fmt: skip
     output = _start_output(output, probability, values, work.tiles - 1, BLOCK_D, BLOCK_N, STAGES)
     output = hopper.warpgroup_mma_wait(0, deps=[output])
@@ -297,7 +325,7 @@ def _ring(rows, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constex
 
 @gluon.jit(do_not_specialize=("shape",))
 def attention_forward_specialized(
-    query, key, value, sinks, out, logsumexp, scale, shape,
+    query, key, value, sinks, out, logsumexp, scale, masks, shape,
     F: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """query (B, H, L, D), key and value (B, H / group, S, D) -> out (B, H, L, D), logsumexp (2, B, H, L) float32.
@@ -316,13 +344,15 @@ def attention_forward_specialized(
         [
             (
                 _consume,
-                (out, logsumexp, sinks, queries, arrived, keys, values, scale, shape, 0, F, BLOCK_D, BLOCK_N, STAGES),
+                (out, logsumexp, sinks, queries, arrived, keys, values, scale, masks, shape, 0, F, BLOCK_D, BLOCK_N,
+                 STAGES),
             ),
             (
                 _consume,
-                (out, logsumexp, sinks, queries, arrived, keys, values, scale, shape, 1, F, BLOCK_D, BLOCK_N, STAGES),
+                (out, logsumexp, sinks, queries, arrived, keys, values, scale, masks, shape, 1, F, BLOCK_D, BLOCK_N,
+                 STAGES),
             ),
-            (_produce, (query, key, value, queries, arrived, keys, values, shape, F, BLOCK_D, BLOCK_N, STAGES)),
+            (_produce, (query, key, value, queries, arrived, keys, values, masks, shape, F, BLOCK_D, BLOCK_N, STAGES)),
         ],
         [4, 1],
         [240, 24],
