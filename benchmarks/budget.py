@@ -171,8 +171,8 @@ def compile_case(case: Case, call: Callable[[Any, Case], None] | None = None) ->
 def _of(arguments: dict[str, Any]) -> str:
     """What a gradient kernel is compiled for, where that is not all that it can compute."""
 
-    def given(name: str) -> bool:
-        return name not in arguments or arguments[name].pointer is not None
+    def given(name: str) -> bool:  # a descriptor is of a tensor that there is
+        return name not in arguments or getattr(arguments[name], "pointer", True) is not None
 
     if "dweights" in arguments and given("dweights"):
         return " of weights"
@@ -272,8 +272,9 @@ def _call(torch: Any, case: Case) -> None:
     problem = (mask, padding, slopes, ids, ids, seed, 0.0 if seed is None else 0.1, 0.125, softcap, 0, *band)
     gradients = ("mask" in brings, False)
     out, logsumexp = launch.attention(query, key, value, sinks, *problem)
-    with config.specialized():  # where that is not chosen, the same kernel once more
+    with config.specialized():  # where they cannot serve, the same kernels once more
         launch.attention(query, key, value, sinks, *problem)
+        launch.attention_backward(out, None, query, key, value, out, logsumexp, *problem, *gradients)
     launch.attention_backward(out, None, query, key, value, out, logsumexp, *problem, *gradients)
     weights = launch.attention_weights(query, key, logsumexp, *problem, True)
     launch.attention_weights_backward(weights, query, key, logsumexp, *problem, True, *gradients)

@@ -47,7 +47,7 @@ def _always(answer: Any, _: Any) -> Any:
 def _without_the_kernel(arch: int, specialized: bool) -> Iterator[None]:
     with (
         mock.patch.object(launch.forward, "attention_forward", _Nothing()),
-        mock.patch.object(launch.specialized, "attention_forward_specialized", _Nothing()),
+        mock.patch.object(launch.specialized_launch.forward, "attention_forward_specialized", _Nothing()),
         config.specialized() if specialized else contextlib.nullcontext(),
         mock.patch.object(launch, "why_unavailable", partial(_always, None)),
         mock.patch.object(launch, "architecture", partial(_always, arch)),

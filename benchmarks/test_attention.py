@@ -114,15 +114,14 @@ def test_module(
     keep({"shape": shape, "dtype": str(dtype), "kind": kind, "training": training} | row, DEVICE)
 
 
-def by_specialised_warps(call: Run) -> Run:
-    """Our forward kernel for Hopper, measured whether it is chosen or not."""
+def by_specialised_warps(call: Call) -> Call:
+    """With our kernels for Hopper, measured whether they are chosen or not."""
 
-    @functools.wraps(call)
-    def forced(*args: Any, **kwargs: Any) -> Any:
+    def forced() -> Any:
         with config.specialized():
-            return call(*args, **kwargs)
+            return call()
 
-    return on("triton", forced)
+    return forced
 
 
 def torch_peers(causal: bool) -> dict[str, Run]:
@@ -176,8 +175,6 @@ def test_function(
     ]
     ours = functools.partial(fastattn.scaled_dot_product_attention, is_causal=causal)
     runs = {OURS: on("triton" if CUDA else "cpu", ours), "fastattn auto": ours, **torch_peers(causal)}
-    if HOPPER:
-        runs["fastattn specialised"] = by_specialised_warps(ours)
 
     def bound(run: Run) -> Call:
         def call() -> Any:
@@ -186,6 +183,8 @@ def test_function(
         return in_training(call, leaves) if training else in_evaluation(call)
 
     calls = {name: bound(run) for name, run in runs.items()}
+    if HOPPER:
+        calls["fastattn specialised"] = by_specialised_warps(calls[OURS])
     flops = attention_flops(batch, heads, length, length, dim, causal=causal, training=training)
     row = compare(benchmark, calls, DEVICE, flops=flops)
     keep({"shape": shape, "dtype": str(dtype), "causal": causal, "training": training} | row, DEVICE)

@@ -9,9 +9,11 @@ group waits for it. So a kernel that relies on an order that nothing guarantees 
   it happens: to hand back a place too early, or to read it too early, shows;
 - an accumulator can be used by nothing but the next product until it was waited for;
 - what threads store must be fenced before the copy engine reads it;
-- barriers count arrivals and bytes, and complain of one too many; a program in which nobody can go on is a deadlock.
+- a partition does not end before what it stores was read; barriers count arrivals and bytes, and complain of one too
+  many; a program in which nobody can go on is a deadlock.
 
-Layouts are ignored; registers, and what the compiler makes of it all, are the budget's concern (benchmarks/budget.py).
+Layouts are ignored, and a product is rounded before it is added; registers, and what the compiler makes of it all, are
+the concern of the budget (benchmarks/budget.py).
 """
 
 from __future__ import annotations
@@ -68,6 +70,11 @@ class _Partition:
         self.stopped.acquire()
         if self.error is not None:
             raise self.error
+        if self.done and self.stores:
+            raise MisuseError("the copy engine still reads the memory of warps that have ended")
+
+    def oldest_product(self) -> None:
+        self.products.pop(0)()
 
 
 _here = threading.local()
@@ -84,21 +91,24 @@ class _Program:
 
     def run(self, works: Sequence[Callable[[], None]]) -> None:
         partitions = [_Partition(work) for work in works]
+        # Some are much slower than others, each time another: a partition, the copies, the products of a group.
+        speeds = [self.choice.choice((0.01, 1.0, 100.0)) for _ in range(2 * len(partitions) + 1)]
         while True:
-            events: list[Callable[[], None]] = [
-                partition.go_on for partition in partitions if not partition.done and partition.until()
+            events: list[Callable[[], None] | None] = [
+                partition.go_on if not partition.done and partition.until() else None for partition in partitions
             ]
-            events += [lambda: self.copies.pop(self.choice.randrange(len(self.copies)))()] if self.copies else []
-            events += [partition.products.pop for partition in partitions if partition.products]
-            if not events:
+            events += [partition.oldest_product if partition.products else None for partition in partitions]
+            events.append(self._any_copy if self.copies else None)
+            possible = [(event, speed) for event, speed in zip(events, speeds, strict=True) if event is not None]
+            if not possible:
                 break
-            event = self.choice.choice(events)
-            if event.__name__ == "pop":
-                event(0)()  # type: ignore[call-arg]  # the group's oldest product
-            else:
-                event()
+            (event,) = self.choice.choices([event for event, _ in possible], [speed for _, speed in possible])
+            event()
         if not all(partition.done for partition in partitions):
             raise DeadlockError(f"program {self.number}: {sum(not one.done for one in partitions)} partitions wait")
+
+    def _any_copy(self) -> None:
+        self.copies.pop(self.choice.randrange(len(self.copies)))()
 
 
 def _pause(until: Callable[[], bool] = lambda: True) -> None:
@@ -179,8 +189,8 @@ class _Pointer:
 class _Accumulator:
     """A product that may not have happened yet; ``value`` is None until it has."""
 
-    def __init__(self) -> None:
-        self.value: Tensor | None = None
+    def __init__(self, value: Tensor | None = None) -> None:
+        self.value = value
 
 
 class _Described:
@@ -238,8 +248,9 @@ def _wait(barrier: _Barrier, parity: int, pred: bool = True) -> None:
     _pause(lambda: not pred or barrier.phase % 2 != parity)
 
 
-def _arrive(barrier: _Barrier) -> None:
-    barrier.update(arrivals=1)
+def _arrive(barrier: _Barrier, *, pred: bool = True) -> None:
+    if pred:
+        barrier.update(arrivals=1)
     _pause()
 
 
@@ -262,18 +273,19 @@ def _mma(a: Any, b: _Memory, accumulator: Any, *, use_acc: bool = True, is_async
     return result
 
 
-def _mma_wait(most: int, deps: Sequence[_Accumulator]) -> Tensor:
+def _mma_wait(most: int, deps: Sequence[_Accumulator]) -> Any:
     partition = _here.partition
     _pause(lambda: len(partition.products) <= most)
-    (accumulator,) = deps
-    if accumulator.value is None:
+    values = tuple(accumulator.value for accumulator in deps)
+    if any(value is None for value in values):
         raise MisuseError("a product is used that was not waited for")
-    return accumulator.value
+    return values if len(values) > 1 else values[0]
 
 
 def _fence() -> None:
-    _here.partition.unfenced.clear()
-    _pause()
+    if hasattr(_here, "partition"):  # else before the partitions start
+        _here.partition.unfenced.clear()
+        _pause()
 
 
 def _warp_specialize(parts: Sequence[tuple[Any, tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
@@ -308,6 +320,10 @@ def _extreme(of_numbers: Callable[..., Any], of_tensors: Callable[..., Tensor]) 
     return call
 
 
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    return torch.where(condition, a, b) if isinstance(condition, Tensor) else a if condition else b
+
+
 def _static_assert(condition: bool) -> None:
     assert condition
 
@@ -318,9 +334,9 @@ def _ignored(*_: Any, **__: Any) -> None:
 
 _LANGUAGE = types.SimpleNamespace(
     program_id=lambda _: _Program.now.number,
-    # As the compiled code: integers are divided towards 0.
+    # As the compiled code, towards 0; kernels divide by // what is not negative.
     cdiv=lambda a, b: int((a + b - 1) / b),
-    minimum=_extreme(min, torch.minimum), maximum=_extreme(max, torch.maximum), where=torch.where,
+    minimum=_extreme(min, torch.minimum), maximum=_extreme(max, torch.maximum), where=_where,
     max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log2=torch.log2,
     zeros=lambda shape, dtype, _: torch.zeros(shape, dtype=dtype),
     full=lambda shape, value, dtype, _: torch.full(shape, value, dtype=dtype),
@@ -336,8 +352,9 @@ _BARRIER = types.SimpleNamespace(
 )
 _TMA = types.SimpleNamespace(store_wait=_store_wait)
 _HOPPER = types.SimpleNamespace(
-    warpgroup_mma=_mma, warpgroup_mma_wait=_mma_wait, fence_async_shared=_fence, mbarrier=_BARRIER, tma=_TMA
-)
+    warpgroup_mma=_mma, warpgroup_mma_init=_Accumulator, warpgroup_mma_wait=_mma_wait, fence_async_shared=_fence,
+    mbarrier=_BARRIER, tma=_TMA,
+)  # fmt: skip
 
 
 class Kernel:

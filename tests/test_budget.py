@@ -54,10 +54,13 @@ def test_tiles_are_read_by_descriptor_where_there_are_any() -> None:
 
 
 def test_specialised_warps_exponentiate_beside_a_product() -> None:
-    """What the forward kernel of specialised warps is for: every exponential between a wgmma and the wait for it."""
-    rows = [row for row in budget.read_table() if row.kernel == "attention_forward_specialized"]
-    assert {(row.head_dim, row.feature) for row in rows} == {
-        (head_dim, feature) for head_dim in budget.HEAD_DIMS for feature in SPECIALIZED
+    """What the kernels of specialised warps are for: every exponential between a wgmma and the wait for it."""
+    rows = [row for row in budget.read_table() if "specialized" in row.kernel]
+    assert {(row.kernel, row.head_dim, row.feature) for row in rows} == {
+        (f"attention_{kernel}_specialized", head_dim, feature)
+        for kernel, head_dims in (("forward", (64, 80, 256)), ("dquery", (64, 80)), ("dkey_dvalue", (64, 80)))
+        for head_dim in head_dims
+        for feature in SPECIALIZED
     }
     for row in rows:
         assert (row.arch, row.serialized, row.overlapped) == (90, 0, row.exponentials), row

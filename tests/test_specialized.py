@@ -1,10 +1,10 @@
-"""The forward kernel of specialised warps (kernels/attention/specialized.py): on a Hopper GPU, or simulated."""
+"""The kernels of specialised warps (fastattn/kernels/attention/specialized): on a Hopper GPU, or simulated."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,14 +21,16 @@ from fastattn.kernels.attention.config import Tile
 from fastattn.testing import AttentionCase as Case
 from fastattn.testing import check, evaluate, make_inputs, public_call
 
-specialized = pytest.importorskip("fastattn.kernels.attention.specialized")
+specialized_launch = pytest.importorskip("fastattn.kernels.attention.specialized_launch")
 gluon_simulator = pytest.importorskip("gluon_simulator")
 HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = pytest.mark.skipif(
     launch.why_unavailable(DEVICE) is not None or (DEVICE == "cuda" and not HOPPER), reason="needs a Hopper GPU or none"
 )
-KERNEL = specialized.attention_forward_specialized
-TILES = [Tile(128, block_n, stages=stages, specialized=True) for block_n, stages in ((16, 2), (32, 3))]
+KERNELS = {
+    name: getattr(module, f"attention_{name}_specialized") for name, module in specialized_launch._MODULES.items()
+}
+TILES = [Tile(128, block_n, stages=stages, specialized=True) for block_n, stages in ((16, 3), (32, 4))]
 
 
 class Counted:
@@ -45,14 +47,25 @@ class Counted:
         return start
 
 
+def counted(patch: pytest.MonkeyPatch, order: int) -> dict[str, Counted]:
+    """The kernels as the launch finds them from here on: the device's, or simulated in an order of events."""
+    found = {}
+    for name, module in specialized_launch._MODULES.items():
+        found[name] = Counted(KERNELS[name] if HOPPER else gluon_simulator.Kernel(KERNELS[name], order))
+        patch.setattr(module, f"attention_{name}_specialized", found[name])
+    return found
+
+
+def launches(kernels: dict[str, Counted]) -> list[int]:
+    return [kernel.launches for kernel in kernels.values()]
+
+
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[Counted]:
-    """The kernel as the launch finds it: the device's, or another order of events for each test."""
-    counted = Counted(KERNEL if HOPPER else gluon_simulator.Kernel(KERNEL, seed))
-    monkeypatch.setattr(specialized, KERNEL.__name__, counted)
+def kernels(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[dict[str, Counted]]:
+    """Another order of events for each test."""
     prepared._known.clear()
     with fastattn.backend("triton"):
-        yield counted
+        yield counted(monkeypatch, seed)
     prepared._known.clear()
 
 
@@ -98,11 +111,11 @@ CASES = {
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.block_n} keys")
 @pytest.mark.parametrize("name", CASES)
-def test_feature(name: str, tile: Tile, kernel: Counted) -> None:
+def test_feature(name: str, tile: Tile, kernels: dict[str, Counted]) -> None:
     case = replace(CASES[name], dtype=torch.bfloat16)
     with config.override(tile):
         check(case if case.head_dim != 8 or name == "narrow" else replace(case, head_dim=16), device=DEVICE)
-    assert kernel.launches > 0
+    assert min(launches(kernels)) > 0
 
 
 SHIPPED = {
@@ -113,12 +126,14 @@ SHIPPED = {
 
 @pytest.mark.parametrize("head_dim", [64, 80, 256])
 @pytest.mark.parametrize("name", SHIPPED)
-def test_the_tiles_that_ship(name: str, head_dim: int, kernel: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tiles_that_ship(
+    name: str, head_dim: int, kernels: dict[str, Counted], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launch, "architecture", lambda _: 90)
     case = replace(SHIPPED[name], batch=2, heads=1, key_heads=1, rows=200, columns=300, head_dim=head_dim)
     with config.specialized():
         check(replace(case, dtype=torch.bfloat16), device=DEVICE)
-    assert kernel.launches > 0
+    assert launches(kernels) == ([1, 0, 0] if head_dim == 256 else [1, 1, 1])
 
 
 @settings(max_examples=40)
@@ -137,10 +152,9 @@ def test_combinations(case: Case, tile: Tile, dtype: torch.dtype, rows: int, col
     if case.layout == "packed":
         case = replace(case, key_heads=case.heads, columns=rows)
     with pytest.MonkeyPatch.context() as patch, fastattn.backend("triton"), config.override(tile):
-        counted = Counted(KERNEL if HOPPER else gluon_simulator.Kernel(KERNEL, order))
-        patch.setattr(specialized, KERNEL.__name__, counted)
+        kernels = counted(patch, order)
         check(case, device=DEVICE)
-    assert counted.launches > 0
+    assert kernels["forward"].launches > 0
 
 
 OTHERS = {
@@ -153,27 +167,59 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_it_does_not_serve(name: str, kernel: Counted) -> None:
+def test_what_it_does_not_serve(name: str, kernels: dict[str, Counted]) -> None:
     case = OTHERS[name]
     dtype = case.dtype if name == "single precision" else torch.float16
     with config.override(replace(TILES[0], block_m=32)):
         check(replace(case, dtype=dtype, head_dim=case.head_dim if case.head_dim == 10 else 16), device=DEVICE)
-    assert kernel.launches == 0
+    assert max(launches(kernels)) == 0
 
 
-def test_expanded_batches_are_not_served(kernel: Counted) -> None:
+def test_expanded_batches_are_not_served(kernels: dict[str, Counted]) -> None:
     query = torch.randn(3, 2, 20, 16, dtype=torch.float16, device=DEVICE)
     with config.override(replace(TILES[0], block_m=32)):
         attention(query, *[query[:1].expand(3, -1, -1, -1)] * 2)
-    assert kernel.launches == 0
+    assert max(launches(kernels)) == 0
 
 
-def test_packed_sequences_are_not_served(kernel: Counted) -> None:
+def test_packed_sequences_are_not_served(kernels: dict[str, Counted]) -> None:
     query = torch.randn(50, 2, 16, dtype=torch.float16, device=DEVICE)
     bounds = torch.tensor([0, 20, 50], dtype=torch.int32, device=DEVICE)
     with config.override(replace(TILES[0], block_m=32)):
         fastattn.varlen_attention(query, query, query, bounds, bounds, 30, 30)
-    assert kernel.launches == 0
+    assert max(launches(kernels)) == 0
+
+
+def test_values_that_nobody_sees_may_be_anything(kernels: dict[str, Counted]) -> None:
+    query, key, value = (torch.randn(2, 2, n, 16, device=DEVICE).half() for n in (275, 140, 140))
+    value[..., 0, :], value[..., -1, :] = float("inf"), float("nan")
+    padding = torch.zeros(2, 140, dtype=torch.bool, device=DEVICE)
+    with config.override(TILES[0]):
+        nobody = attention(query, key, value, key_padding_mask=padding)
+        some = attention(query, key, value, is_causal=True, causal_alignment="bottom-right")
+    assert torch.equal(nobody, torch.zeros_like(nobody))
+    assert torch.equal(some[:, :, :128], nobody[:, :, :128])  # the first program's, none of which sees a key
+    assert launches(kernels) == [2, 0, 0]
+
+
+def test_a_long_row_of_equal_scores(kernels: dict[str, Counted]) -> None:
+    """Nothing decays from tile to tile: the first of 1,024 weighs as much as the last."""
+    columns, values = 16384, torch.linspace(-1.0, 1.0, 16384, device=DEVICE)
+    query, key = (torch.full((1, 1, n, 16), 5.0, device=DEVICE, dtype=torch.bfloat16) for n in (1, columns))
+    value = values.to(torch.bfloat16)[None, None, :, None].expand(1, 1, columns, 16).contiguous()
+    with config.override(TILES[0]), torch.no_grad():
+        out, lse = fastattn.scaled_dot_product_attention(query, key, value, return_lse=True)
+    assert launches(kernels) == [1, 0, 0]
+    torch.testing.assert_close(lse, torch.full_like(lse, 100.0 + math.log(columns)), rtol=0, atol=2e-5)
+    torch.testing.assert_close(out.float(), value.float().mean().expand_as(out), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-46, 1e-38, 1e35, 1e39])
+def test_scales_at_the_ends_of_float32(scale: float, kernels: dict[str, Counted]) -> None:
+    given = [torch.randn(1, 2, 20, 16, device=DEVICE).half() for _ in range(3)]
+    with config.override(replace(TILES[0], block_m=32)):
+        attention(*given, scale=scale)
+    assert max(launches(kernels)) == 0
 
 
 def attention(*tensors: Tensor, **options: Any) -> Tensor:
@@ -187,16 +233,14 @@ def test_no_order_of_events_changes_a_bit(monkeypatch: pytest.MonkeyPatch) -> No
     found = []
     with fastattn.backend("triton"), config.override(TILES[1]):
         for order in range(20):
-            if not HOPPER:
-                monkeypatch.setattr(specialized, KERNEL.__name__, gluon_simulator.Kernel(KERNEL, order))
-            with torch.no_grad():
-                found.append(public_call(case, make_inputs(case, DEVICE)))
+            counted(monkeypatch, order)
+            found.append(evaluate(public_call, case, make_inputs(case, DEVICE)))
     for results in found[1:]:
-        for one, first in zip(results, found[0], strict=True):
-            assert torch.equal(one, first)
+        for name, result in results.items():
+            assert torch.equal(result, found[0][name]), name
 
 
-def test_neighbours_do_not_leak(kernel: Counted) -> None:
+def test_neighbours_do_not_leak(kernels: dict[str, Counted]) -> None:
     """Rows and features beyond those of a view are NaN."""
     case = Case(batch=2, heads=4, key_heads=2, rows=137, columns=45, head_dim=24, dtype=torch.float16, causal=True)
     inputs = make_inputs(case, DEVICE)
@@ -210,49 +254,60 @@ def test_neighbours_do_not_leak(kernel: Counted) -> None:
         expected = evaluate(public_call, case, inputs)
         inputs = replace(inputs, query=amid_nan(inputs.query), key=amid_nan(inputs.key), value=amid_nan(inputs.value))
         found = evaluate(public_call, case, inputs)
-    assert kernel.launches == 2
+    assert launches(kernels) == [2, 2, 2]
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
 
 
-def test_a_plain_launch_is_made_ready_once(kernel: Counted) -> None:
+def test_a_plain_launch_is_made_ready_once(kernels: dict[str, Counted]) -> None:
     with config.override(TILES[0]):
         for _ in range(3):
             given = [torch.randn(2, 2, 20, 16, device=DEVICE).half() for _ in range(3)]
             assert torch.equal(
                 attention(*given, is_causal=True), attention(*given, is_causal=True, deterministic=False)
             )
-        assert kernel.launches == 6
+        assert launches(kernels) == [6, 0, 0]
         assert len(prepared._known) == 1
 
 
-@pytest.mark.parametrize("faster", [frozenset(), frozenset({64})], ids=["unmeasured", "measured faster"])
-def test_it_is_chosen_where_it_measured_faster(faster: frozenset[int], monkeypatch: pytest.MonkeyPatch) -> None:
+class Named:
+    """A kernel that tells its name and does nothing."""
+
+    def __init__(self, name: str, started: list[str]) -> None:
+        self.name, self.started = name, started
+
+    def __getitem__(self, _: Any) -> Any:
+        self.started.append(self.name)
+        return lambda *_, **__: None
+
+
+def test_they_are_chosen_where_they_measured_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
     monkeypatch.setattr(launch, "architecture", lambda _: 90)
-    monkeypatch.setattr(config, "_SPECIALIZED_FASTER", faster)
+    for name, module in specialized_launch._MODULES.items():
+        monkeypatch.setattr(module, f"attention_{name}_specialized", Named(f"specialised {name}", started))
+    for module, name in (
+        (launch.forward, "forward"), (launch.backward, "delta"), (launch.backward, "dquery"),
+        (launch.backward, "dkey_dvalue"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, f"attention_{name}", Named(name, started))
 
-    def name_of(head_dim: int) -> str:
-        started: list[str] = []
-
-        class Recorded:
-            def __init__(self, name: str) -> None:
-                self.name = name
-
-            def __getitem__(self, _: Any) -> Any:
-                started.append(self.name)
-                return lambda **_: None
-
+    def names(head_dim: int) -> list[str]:
+        started.clear()
         query = torch.zeros(1, 1, 16, head_dim, dtype=torch.bfloat16)
-        monkeypatch.setattr(specialized, KERNEL.__name__, Recorded("specialized"))
-        monkeypatch.setattr(launch, "forward", SimpleNamespace(attention_forward=Recorded("forward")))
-        launch.attention(query, query, query, None, *(None,) * 6, 0.0, 0.1, 0.0, 0, None, 0)
-        return started[0]
+        problem = *(None,) * 6, 0.0, 0.1, 0.0, 0, None, 0
+        out, logsumexp = launch.attention(query, query, query, None, *problem)
+        launch.attention_backward(out, None, query, query, query, out, logsumexp, *problem, False, False)
+        return started[:1] + started[2:]
 
-    assert name_of(64) == ("specialized" if faster else "forward")
-    assert name_of(128) == "forward"
+    assert names(64) == ["forward", "dquery", "dkey_dvalue"]
+    monkeypatch.setattr(config, "_SPECIALIZED_FASTER", {("forward", 64), ("dkey_dvalue", 128)})
+    assert names(64) == ["specialised forward", "dquery", "dkey_dvalue"]
+    assert names(128) == ["forward", "dquery", "specialised dkey_dvalue"]
     with config.specialized():
-        assert name_of(128) == "specialized"
-    assert name_of(128) == "forward"
+        assert names(128) == ["specialised forward", "specialised dquery", "specialised dkey_dvalue"]
+        assert names(256) == ["specialised forward", "dquery", "dkey_dvalue", "dkey_dvalue"]
+    assert names(256) == ["forward", "dquery", "dkey_dvalue", "dkey_dvalue"]
 
 
 def test_nothing_unmeasured_is_chosen() -> None:

@@ -17,8 +17,8 @@ class Tile:
     ``ahead``: the forward kernel starts the scores of the next tile before the softmax of this one. ``apart``: dkey and
     dvalue get a launch each, which computes the scores once more and holds one of them in registers, not both.
     ``edge_stages``: stages where the forward kernel walks over tiles that something cuts, in a loop of their own.
-    ``descriptors``: what is read by tiles is read by tensor descriptor. ``specialized``: the forward kernel is the one
-    whose warps share the work out, in a program of which ``warps`` are the first consumer.
+    ``descriptors``: what is read by tiles is read by tensor descriptor. ``specialized``: the kernel is the one of
+    that name whose warps share the work out; ``warps`` are those of its first consumer.
     """
 
     block_m: int
@@ -51,7 +51,7 @@ def override(tile: Tile) -> Iterator[None]:
 
 @contextlib.contextmanager
 def specialized() -> Iterator[None]:
-    """Use the forward kernel of specialised warps wherever it can serve, measured faster or not: to measure it."""
+    """Use the kernels of specialised warps wherever they can serve, measured faster or not: to measure them."""
     global _specialize
     previous, _specialize = _specialize, True
     try:
@@ -162,20 +162,34 @@ _BLACKWELL_HEAVY_DESCRIBED = {
         256: Tile(16, 128, 8, apart=True, descriptors=True),
     },
 }
-# The forward kernel of specialised warps (``specialized``), by whether a window or padding may cut the first
-# keys of a row, which takes registers (16 to 40 bytes spilled with the larger tiles). All exponentials
-# run beside a product, and no barrier holds all warps. TFLOP/s on paper of causal calls, no overlap and as compiled:
+# The kernels of specialised warps (``specialized``); of the forward one also by whether a window or padding may cut the
+# first keys of a row, which takes registers (16 to 40 bytes spilled with the larger tiles). All exponentials run beside
+# a product, and no barrier holds all warps. TFLOP/s on paper of causal calls, no overlap and as compiled:
 #                                  64          128         256
-#     attention_forward            442, 692    584, 940    542, 542
+#     forward                      442, 692    584, 940    542, 542
 #     by specialised warps         467, 920    584, 949    542, 949
-# Tried and not taken: three consumers (160 registers each; 724 bytes spilled at 64 with 128 keys a tile, with 64 keys
-# 893 as compiled), 232 registers for a consumer and 40 for the producer (28 to 76 bytes at 128 and 256).
+#     dquery                       518, 949    518, 949    438, 813
+#     by specialised warps         518, 949    518, 949    spills 40 to 556 bytes
+#     dkey_dvalue                  460, 779    434, 799    (apart)
+#     by specialised warps         542, 949    474, 949    no room for two sums of 64 keys
+# Tried and not taken: three consumers (160 registers each; forward spills 724 bytes at 64 with 128 keys a tile, with 64
+# keys 893 as compiled), 232 registers for a consumer and 40 for the producer (28 to 76 bytes at 128 and 256); for
+# dkey_dvalue at 128 tiles of 64 queries (with a causal mask 12 bytes, compiled by 3.6 124), and at both the sums of
+# one pass waited for in the next (the assembler serialises every wgmma).
 _SPECIALIZED = {
-    False: {128: Tile(128, 128, specialized=True), 256: Tile(128, 64, specialized=True)},
-    True: {128: Tile(128, 64, stages=4, specialized=True), 256: Tile(128, 32, stages=4, specialized=True)},
+    ("forward", False): {128: Tile(128, 128, specialized=True), 256: Tile(128, 64, specialized=True)},
+    ("forward", True): {
+        128: Tile(128, 64, stages=4, specialized=True),
+        256: Tile(128, 32, stages=4, specialized=True),
+    },
+    "dquery": {128: Tile(128, 64, stages=3, specialized=True)},
+    "dkey_dvalue": {
+        64: Tile(64, 128, stages=3, specialized=True),
+        128: Tile(32, 128, stages=3, specialized=True),
+    },
 }
-# Blocks of the head dimension for which it measured faster than ``attention_forward``: none, it never ran on a device.
-_SPECIALIZED_FASTER: frozenset[int] = frozenset()
+# Kernels and blocks of the head dimension for which they measured faster than the others: none, no GPU has run them.
+_SPECIALIZED_FASTER: frozenset[tuple[str, int]] = frozenset()
 # By pointers sm_80's, without the assembler's choice of 128 registers and 12 or 16 bytes spilled.
 _BLACKWELL_PLAIN = {"dquery": {64: Tile(64, 64, 8), 128: Tile(64, 64, 8, 2, 255), 256: Tile(64, 32, 8)}}
 _BLACKWELL_HEAVY = {"dquery": {128: Tile(64, 32, 8), 256: Tile(64, 16, 8, 2, 255)}}
@@ -219,16 +233,21 @@ def tile(
     return next(choice for largest, choice in choices.items() if block_d(head_dim) <= largest)
 
 
-def specialized_tile(head_dim: int, *, cut: bool, arch: int) -> Tile | None:
-    """The tile of the forward kernel of specialised warps; None where ``attention_forward`` is to be taken.
+def specialized_tile(kernel: str, head_dim: int, *, cut: bool, arch: int) -> Tile | None:
+    """The tile of a kernel of specialised warps; None where the other one of its name is to be taken.
 
     ``cut``: a window or padding may cut the first keys of a row.
     """
+    block = block_d(head_dim)
     if _override is not None:
-        return _override if _override.specialized and arch in (0, 90) else None
-    if arch != 90 or not (_specialize or block_d(head_dim) in _SPECIALIZED_FASTER):
+        # Of queries by keys; a program of dkey_dvalue owns as many keys as the others own queries.
+        turned = replace(_override, block_m=_override.block_n, block_n=_override.block_m)
+        chosen = turned if kernel == "dkey_dvalue" else _override
+        return chosen if _override.specialized and arch in (0, 90) else None
+    if arch != 90 or not (_specialize or (kernel, block) in _SPECIALIZED_FASTER):
         return None
-    return next(choice for largest, choice in _SPECIALIZED[cut].items() if block_d(head_dim) <= largest)
+    choices = _SPECIALIZED[("forward", cut) if kernel == "forward" else kernel]
+    return next((choice for largest, choice in choices.items() if block <= largest), None)
 
 
 def product_piece(dtype: torch.dtype, head_dim: int) -> int:

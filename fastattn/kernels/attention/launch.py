@@ -19,7 +19,15 @@ try:
     import triton
     from triton.runtime.interpreter import InterpretedFunction
 
-    from fastattn.kernels.attention import backward, descriptors, forward, mask_gradient, operands, specialized, weights
+    from fastattn.kernels.attention import (
+        backward,
+        descriptors,
+        forward,
+        mask_gradient,
+        operands,
+        specialized_launch,
+        weights,
+    )
     from fastattn.kernels.attention.operands import heads as _heads
     from fastattn.kernels.attention.operands import weights as _weights
 except ImportError as error:
@@ -33,6 +41,8 @@ else:
 # without being asked for: a path that never ran on a real device is not a default.
 VERIFIED: frozenset[tuple[tuple[int, int], str]] = frozenset()
 _LOG2E = math.log2(math.e)
+# Of unscaled scores' maxima: positive in float32, and far from where a product of the two overflows.
+_LEAST_SCALE, _LARGEST_SCALE = 1e-30, 1e30
 
 
 def why_unavailable(device_type: str) -> str | None:
@@ -138,16 +148,16 @@ class Problem:
             tile = choose(described=False)
         return tile
 
-    def specialized_tile(self, tensors: Mapping[str, Any]) -> config.Tile | None:
-        """The tile of the forward kernel of specialised warps; None where ``attention_forward`` is to be taken.
+    def specialized_tile(self, name: str, tensors: Mapping[str, Any]) -> config.Tile | None:
+        """The tile of a kernel of specialised warps; None where the other one of its name is to be taken.
 
         It serves what has no masks but a band and boolean padding, tensors that descriptors can read and write, and
-        scores that grow with the products: it takes their maximum first and scales it afterwards.
+        scores that grow with the products: it masks them, and takes their maximum, before it scales them.
         """
-        if not self.bare or self.packed is not NOT_PACKED or self.score_scale <= 0.0:
+        if not self.bare or self.packed is not NOT_PACKED or not _LEAST_SCALE <= self.score_scale <= _LARGEST_SCALE:
             return None
         cut = self.features.has_lower or self.features.padding_bool
-        tile = config.specialized_tile(self.head_dim, cut=cut, arch=architecture(self.device))
+        tile = config.specialized_tile(name, self.head_dim, cut=cut, arch=architecture(self.device))
         described = tile is not None and all(descriptors.describable(heads) for heads in tensors.values())
         return tile if described else None
 
@@ -201,28 +211,22 @@ def forward_launch(
     """The forward kernel with its grid, and all of its arguments; for a problem that is not empty."""
     tensors = {"query": _heads(query), "key": _heads(key), "value": _heads(value), "out": _heads(out)}
     given = {"sinks": sinks, "logsumexp": logsumexp, "scale": shared.score_scale}
-    tile = shared.specialized_tile(tensors)
+
+    def programs(tile: config.Tile) -> int:
+        return int(triton.cdiv(shared.rows, tile.block_m) * shared.batch * shared.heads)
+
+    tile = shared.specialized_tile("forward", tensors)
     if tile is not None:
-        return _specialized_launch(shared, tile, tensors, given)
+        return specialized_launch.ready(
+            "forward", tile, programs(tile), shared.head_dim, tensors, **given, masks=shared.masks, shape=shared.shape,
+            F=shared.features,
+        )  # fmt: skip
     return shared.ready(
         "forward",
         forward.attention_forward,
-        lambda tile: triton.cdiv(shared.rows, tile.block_m) * shared.batch * shared.heads,
+        programs,
         **tensors, **given, dropout=shared.dropout_arguments, packed=shared.packed,
     )  # fmt: skip
-
-
-def _specialized_launch(
-    shared: Problem, tile: config.Tile, tensors: Mapping[str, arguments.Heads], given: Mapping[str, Any]
-) -> tuple[Callable[..., Any], dict[str, Any]]:
-    block_d, of_group = config.block_d(shared.head_dim), specialized.ROWS.value
-    rows = {"query": of_group, "key": tile.block_n, "value": tile.block_n, "out": of_group}
-    programs = triton.cdiv(shared.rows, tile.block_m) * shared.batch * shared.heads
-    return specialized.attention_forward_specialized[(programs,)], {
-        **{name: descriptors.of_gluon(heads, rows[name], block_d) for name, heads in tensors.items()}, **given,
-        "masks": shared.masks, "shape": shared.shape, "F": shared.features, "BLOCK_D": block_d, "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n, "STAGES": tile.stages, "num_warps": tile.warps,
-    }  # fmt: skip
 
 
 def attention_weights(query: Tensor, key: Tensor, logsumexp: Tensor, *rest: Any) -> Tensor:
@@ -330,25 +334,47 @@ def _launch_gradients(
     shared: Problem, common: dict[str, Any], dquery: Tensor, dlogsumexp: Tensor | None, dkey: Tensor,
     dvalue: Tensor | None, masks: list[Tensor],
 ) -> None:  # fmt: skip
-    shared.launch(
-        "dquery",
-        backward.attention_dquery,
-        lambda tile: triton.cdiv(shared.rows, tile.block_m) * shared.batch * shared.heads,
-        **common, dquery=_heads(dquery), dlogsumexp=dlogsumexp, scale=shared.scale, score_scale=shared.score_scale,
-        packed=shared.packed,
-    )  # fmt: skip
-    apart = dvalue is not None and shared.tile("dkey_dvalue", common).apart
-    wanted: list[tuple[Tensor | None, Tensor | None]] = [(dkey, None), (None, dvalue)] if apart else [(dkey, dvalue)]
-    for of_key, of_value in wanted:
+    def of_queries(tile: config.Tile) -> int:
+        return int(triton.cdiv(shared.rows, tile.block_m) * shared.batch * shared.heads)
+
+    def of_keys(tile: config.Tile) -> int:
+        return int(triton.cdiv(shared.columns, tile.block_n) * shared.batch * shared.key_heads)
+
+    given = {**common, "scale": shared.scale, "score_scale": shared.score_scale}
+    if not _launch_specialized("dquery", shared, given, of_queries, dquery=_heads(dquery)):
         shared.launch(
-            "dkey_dvalue",
-            backward.attention_dkey_dvalue,
-            lambda tile: triton.cdiv(shared.columns, tile.block_n) * shared.batch * shared.key_heads,
-            **common, dkey=_heads(of_key), dvalue=_heads(of_value), scale=shared.scale, score_scale=shared.score_scale,
-            packed=shared.packed,
+            "dquery", backward.attention_dquery, of_queries,
+            **given, dquery=_heads(dquery), dlogsumexp=dlogsumexp, packed=shared.packed,
         )  # fmt: skip
+    written = {"dkey": _heads(dkey), "dvalue": _heads(dvalue)}
+    if not _launch_specialized("dkey_dvalue", shared, given, of_keys, **written):
+        apart = dvalue is not None and shared.tile("dkey_dvalue", given).apart
+        for of in [("dkey",), ("dvalue",)] if apart else [("dkey", "dvalue")]:
+            wanted = {name: heads if name in of else _heads(None) for name, heads in written.items()}
+            shared.launch(
+                "dkey_dvalue", backward.attention_dkey_dvalue, of_keys, **given, **wanted, packed=shared.packed
+            )
     for grad in masks:
         _launch_mask_gradient(shared, common, grad if grad.dim() == 4 else grad[:, None, None, :])
+
+
+def _launch_specialized(
+    name: str, shared: Problem, common: Mapping[str, Any], programs: Callable[[config.Tile], int],
+    **written: arguments.Heads,
+) -> bool:  # fmt: skip
+    """Whether a gradient kernel of specialised warps serves the call; it is launched then."""
+    tensors = {read: common[read] for read in ("query", "key", "value", "dout")} | written
+    tile = None if common["dweights"].pointer is not None else shared.specialized_tile(name, tensors)
+    if tile is None:
+        return False
+    rest = {other: common[other] for other in ("logsumexp", "delta", "scale", "score_scale")}
+    start, given = specialized_launch.ready(
+        name, tile, programs(tile), shared.head_dim, tensors, **rest, masks=shared.masks, shape=shared.shape,
+        F=shared.features,
+    )  # fmt: skip
+    with on(shared.device):
+        start(**given)
+    return True
 
 
 def _launch_mask_gradient(shared: Problem, common: dict[str, Any], grad: Tensor) -> None:
