@@ -20,198 +20,33 @@ from __future__ import annotations
 
 import math
 import random
-import threading
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+from gluon_machine import (
+    Accumulator,
+    Barrier,
+    Barriers,
+    Described,
+    Memory,
+    MisuseError,
+    Pointer,
+    Program,
+    here,
+    pause,
+)
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.runtime.jit import ConstexprFunction, JITCallable
 
-
-class DeadlockError(RuntimeError):
-    """Every partition waits for something that nobody is left to do."""
-
-
-class MisuseError(RuntimeError):
-    """What no order of events makes right."""
-
-
-class _Partition:
-    """A thread that goes on when it is told to; its products, in order."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        self.turn, self.stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self.until: Callable[[], bool] = lambda: True
-        self.done, self.error = False, None
-        self.products: list[Callable[[], None]] = []
-        self.unfenced: set[int] = set()
-        self.stores = 0
-        self.thread = threading.Thread(target=self._run, args=(work,), daemon=True)
-        self.thread.start()
-
-    def _run(self, work: Callable[[], None]) -> None:
-        self.turn.acquire()
-        _here.partition = self
-        try:
-            work()
-        except BaseException as error:  # raised by the main thread
-            self.error = error
-        self.done = True
-        self.stopped.release()
-
-    def go_on(self) -> None:
-        """Run until it pauses or ends."""
-        self.turn.release()
-        self.stopped.acquire()
-        if self.error is not None:
-            raise self.error
-        if self.done and self.stores:
-            raise MisuseError("the copy engine still reads the memory of warps that have ended")
-
-    def oldest_product(self) -> None:
-        self.products.pop(0)()
-
-
-_here = threading.local()
-
-
-class _Program:
-    """One program of a grid."""
-
-    now: ClassVar[_Program]  # the one that runs
-
-    def __init__(self, number: int, choice: random.Random) -> None:
-        self.number, self.choice = number, choice
-        self.copies: list[Callable[[], None]] = []
-
-    def run(self, works: Sequence[Callable[[], None]]) -> None:
-        partitions = [_Partition(work) for work in works]
-        # Some are much slower than others, each time another: a partition, the copies, the products of a group.
-        speeds = [self.choice.choice((0.01, 1.0, 100.0)) for _ in range(2 * len(partitions) + 1)]
-        while True:
-            events: list[Callable[[], None] | None] = [
-                partition.go_on if not partition.done and partition.until() else None for partition in partitions
-            ]
-            events += [partition.oldest_product if partition.products else None for partition in partitions]
-            events.append(self._any_copy if self.copies else None)
-            possible = [(event, speed) for event, speed in zip(events, speeds, strict=True) if event is not None]
-            if not possible:
-                break
-            (event,) = self.choice.choices([event for event, _ in possible], [speed for _, speed in possible])
-            event()
-        if not all(partition.done for partition in partitions):
-            raise DeadlockError(f"program {self.number}: {sum(not one.done for one in partitions)} partitions wait")
-
-    def _any_copy(self) -> None:
-        self.copies.pop(self.choice.randrange(len(self.copies)))()
-
-
-def _pause(until: Callable[[], bool] = lambda: True) -> None:
-    """Let others go on, and wait for a condition."""
-    partition = _here.partition
-    partition.until = until
-    partition.stopped.release()
-    partition.turn.acquire()
-
-
-class _Barrier:
-    """PTX ISA, "mbarrier": a phase ends when all arrivals and all bytes that are expected have come."""
-
-    def __init__(self) -> None:
-        self.count = self.missing = self.bytes = self.phase = 0
-
-    def init(self, count: int) -> None:
-        self.count = self.missing = count
-
-    def update(self, arrivals: int = 0, expected: int = 0) -> None:
-        self.missing -= arrivals
-        self.bytes += expected
-        if self.missing < 0 or self.bytes < 0:
-            raise MisuseError(f"a barrier of {self.count} got more arrivals or bytes than it expects in a phase")
-        if self.missing == 0 and self.bytes == 0:
-            self.phase, self.missing = self.phase + 1, self.count
-
-
-class _Barriers:
-    def __init__(self, number: int) -> None:
-        self.all = [_Barrier() for _ in range(number)]
-
-    def index(self, place: int) -> _Barrier:
-        return self.all[place]
-
-
-class _Memory:
-    """A view of shared memory."""
-
-    def __init__(self, numbers: Tensor) -> None:
-        self.numbers = numbers
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.numbers.dtype
-
-    def index(self, place: int) -> _Memory:
-        return _Memory(self.numbers[place])
-
-    def reshape(self, shape: list[int]) -> _Memory:
-        return _Memory(self.numbers.view(shape))
-
-    def permute(self, order: tuple[int, ...]) -> _Memory:
-        return _Memory(self.numbers.permute(order))
-
-    def store(self, value: Tensor) -> None:
-        self.numbers.copy_(value)
-        _here.partition.unfenced.add(self.numbers.data_ptr())
-        _pause()
-
-
-class _Pointer:
-    """Into a tensor, by elements."""
-
-    def __init__(self, tensor: Tensor, offset: Any = 0) -> None:
-        self.tensor, self.offset = tensor, offset
-
-    def __add__(self, offset: Any) -> _Pointer:
-        return _Pointer(self.tensor, self.offset + offset)
-
-    @property
-    def numbers(self) -> Tensor:
-        """All of the storage from the tensor's first element on: offsets are 64-bit, never clamped."""
-        size = self.tensor.untyped_storage().nbytes() // self.tensor.element_size() - self.tensor.storage_offset()
-        return self.tensor.as_strided((size,), (1,))
-
-
-class _Accumulator:
-    """A product that may not have happened yet; ``value`` is None until it has."""
-
-    def __init__(self, value: Tensor | None = None) -> None:
-        self.value = value
-
-
-class _Described:
-    """A tensor that is read and written by tiles."""
-
-    def __init__(self, descriptor: Any) -> None:
-        self.block_shape, self.layout = descriptor.block_shape, descriptor.layout
-        self.tensor = descriptor.base.detach().as_strided(descriptor.shape, descriptor.strides)
-        self.dtype = descriptor.base.dtype
-
-    def inside(self, place: Sequence[int], tile: Tensor) -> tuple[Tensor, Tensor]:
-        """What of a tile that starts at ``place`` lies in the tensor: there, and in the tile."""
-        there = tuple(slice(at, at + size) for at, size in zip(place, self.block_shape, strict=True))
-        found = self.tensor[there]
-        return found, tile.view(self.block_shape)[tuple(slice(size) for size in found.shape)]
-
-
 # What kernels call --------------------------------------------------------------------------------------------
 
 
-def _load_tile(descriptor: _Described, place: Sequence[int], barrier: _Barrier, memory: _Memory) -> None:
+def _load_tile(descriptor: Described, place: Sequence[int], barrier: Barrier, memory: Memory) -> None:
     memory.numbers.fill_(float("nan"))
 
     def happen() -> None:
@@ -220,12 +55,12 @@ def _load_tile(descriptor: _Described, place: Sequence[int], barrier: _Barrier, 
         here.copy_(there)
         barrier.update(expected=-memory.numbers.numel() * memory.numbers.element_size())
 
-    _Program.now.copies.append(happen)
-    _pause()
+    Program.now.copies.append(happen)
+    pause()
 
 
-def _store_tile(descriptor: _Described, place: Sequence[int], memory: _Memory) -> None:
-    partition = _here.partition
+def _store_tile(descriptor: Described, place: Sequence[int], memory: Memory) -> None:
+    partition = here.partition
     if memory.numbers.data_ptr() in partition.unfenced:
         raise MisuseError("the copy engine reads what was stored and not fenced")
     partition.stores += 1
@@ -235,47 +70,47 @@ def _store_tile(descriptor: _Described, place: Sequence[int], memory: _Memory) -
         there.copy_(here)
         partition.stores -= 1
 
-    _Program.now.copies.append(happen)
-    _pause()
+    Program.now.copies.append(happen)
+    pause()
 
 
 def _store_wait(most: int) -> None:
-    partition = _here.partition
-    _pause(lambda: partition.stores <= most)
+    partition = here.partition
+    pause(lambda: partition.stores <= most)
 
 
-def _wait(barrier: _Barrier, parity: int, pred: bool = True) -> None:
-    _pause(lambda: not pred or barrier.phase % 2 != parity)
+def _wait(barrier: Barrier, parity: int, pred: bool = True) -> None:
+    pause(lambda: not pred or barrier.phase % 2 != parity)
 
 
-def _arrive(barrier: _Barrier, *, pred: bool = True) -> None:
+def _arrive(barrier: Barrier, *, pred: bool = True) -> None:
     if pred:
         barrier.update(arrivals=1)
-    _pause()
+    pause()
 
 
-def _expect(barrier: _Barrier, number: int) -> None:
+def _expect(barrier: Barrier, number: int) -> None:
     barrier.update(arrivals=1, expected=number)
-    _pause()
+    pause()
 
 
-def _mma(a: Any, b: _Memory, accumulator: Any, *, use_acc: bool = True, is_async: bool = False) -> _Accumulator:
+def _mma(a: Any, b: Memory, accumulator: Any, *, use_acc: bool = True, is_async: bool = False) -> Accumulator:
     assert is_async
-    result = _Accumulator()
+    result = Accumulator()
 
     def happen() -> None:
-        before = accumulator.value if isinstance(accumulator, _Accumulator) else accumulator
-        product = (a.numbers if isinstance(a, _Memory) else a).float() @ b.numbers.float()
+        before = accumulator.value if isinstance(accumulator, Accumulator) else accumulator
+        product = (a.numbers if isinstance(a, Memory) else a).float() @ b.numbers.float()
         result.value = before + product if use_acc else product
 
-    _here.partition.products.append(happen)
-    _pause()
+    here.partition.products.append(happen)
+    pause()
     return result
 
 
-def _mma_wait(most: int, deps: Sequence[_Accumulator]) -> Any:
-    partition = _here.partition
-    _pause(lambda: len(partition.products) <= most)
+def _mma_wait(most: int, deps: Sequence[Accumulator]) -> Any:
+    partition = here.partition
+    pause(lambda: len(partition.products) <= most)
     values = tuple(accumulator.value for accumulator in deps)
     if any(value is None for value in values):
         raise MisuseError("a product is used that was not waited for")
@@ -283,23 +118,23 @@ def _mma_wait(most: int, deps: Sequence[_Accumulator]) -> Any:
 
 
 def _fence() -> None:
-    if hasattr(_here, "partition"):  # else before the partitions start
-        _here.partition.unfenced.clear()
-        _pause()
+    if hasattr(here, "partition"):  # else before the partitions start
+        here.partition.unfenced.clear()
+        pause()
 
 
 def _warp_specialize(parts: Sequence[tuple[Any, tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
     assert len(parts) == len(warps) + 1 == len(registers) + 1
-    _Program.now.run([lambda work=work, given=given: work(*given) for work, given in parts])  # type: ignore[misc]
+    Program.now.run([lambda work=work, given=given: work(*given) for work, given in parts])  # type: ignore[misc]
 
 
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
     if layout == "barriers":
-        return _Barriers(math.prod(shape))
-    return _Memory(torch.full(shape, float("nan"), dtype=dtype))
+        return Barriers(math.prod(shape))
+    return Memory(torch.full(shape, float("nan"), dtype=dtype))
 
 
-def _read(pointer: _Pointer, mask: Tensor | None = None, other: float = 0) -> Any:
+def _read(pointer: Pointer, mask: Tensor | None = None, other: float = 0) -> Any:
     """A tensor; of one number, which decides where the program goes, a number."""
     if mask is None:
         found = pointer.numbers[pointer.offset]
@@ -307,7 +142,7 @@ def _read(pointer: _Pointer, mask: Tensor | None = None, other: float = 0) -> An
     return torch.where(mask, pointer.numbers[pointer.offset.where(mask, 0)], other)
 
 
-def _write(pointer: _Pointer, value: Tensor, mask: Tensor) -> None:
+def _write(pointer: Pointer, value: Tensor, mask: Tensor) -> None:
     pointer.numbers[pointer.offset[mask]] = value[mask]
 
 
@@ -333,7 +168,7 @@ def _ignored(*_: Any, **__: Any) -> None:
 
 
 _LANGUAGE = types.SimpleNamespace(
-    program_id=lambda _: _Program.now.number,
+    program_id=lambda _: Program.now.number,
     # As the compiled code, towards 0; kernels divide by // what is not negative.
     cdiv=lambda a, b: int((a + b - 1) / b),
     minimum=_extreme(min, torch.minimum), maximum=_extreme(max, torch.maximum), where=_where,
@@ -348,11 +183,11 @@ _LANGUAGE = types.SimpleNamespace(
     SliceLayout=_ignored, DotOperandLayout=_ignored, NVMMADistributedLayout=_ignored,
 )  # fmt: skip
 _BARRIER = types.SimpleNamespace(
-    init=_Barrier.init, wait=_wait, arrive=_arrive, expect=_expect, MBarrierLayout=lambda: "barriers"
+    init=Barrier.init, wait=_wait, arrive=_arrive, expect=_expect, MBarrierLayout=lambda: "barriers"
 )
 _TMA = types.SimpleNamespace(store_wait=_store_wait)
 _HOPPER = types.SimpleNamespace(
-    warpgroup_mma=_mma, warpgroup_mma_init=_Accumulator, warpgroup_mma_wait=_mma_wait, fence_async_shared=_fence,
+    warpgroup_mma=_mma, warpgroup_mma_init=Accumulator, warpgroup_mma_wait=_mma_wait, fence_async_shared=_fence,
     mbarrier=_BARRIER, tma=_TMA,
 )  # fmt: skip
 
@@ -369,7 +204,7 @@ class Kernel:
             self.launches += 1
             given = {name: _given(argument) for name, argument in arguments.items()}
             for number in range(math.prod(grid)):
-                _Program.now = _Program(number, self._choice)
+                Program.now = Program(number, self._choice)
                 self._function(**given)
 
         return launch
@@ -377,10 +212,10 @@ class Kernel:
 
 def _given(argument: Any) -> Any:
     if isinstance(argument, Tensor):
-        return _Pointer(argument.detach())
+        return Pointer(argument.detach())
     if hasattr(argument, "_fields"):
         return type(argument)(*map(_given, argument))
-    return _Described(argument) if hasattr(argument, "block_shape") else argument
+    return Described(argument) if hasattr(argument, "block_shape") else argument
 
 
 def _simulated(value: Any, known: dict[int, Any]) -> Any:

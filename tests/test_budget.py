@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,44 @@ SPECIALIZED = ("plain", "causal", "window", "padding", "sinks")
 def test_the_table_holds_every_case() -> None:
     held = {(row.arch, row.dtype, row.head_dim, row.feature) for row in budget.read_table()}
     assert held == {(case.arch, case.dtype, case.head_dim, case.feature) for case in budget.cases()}
+
+
+LENGTHS = """
+from benchmarks import budget
+with budget.recording(90) as compiled:
+    import torch
+    from fastattn.kernels.attention import config, launch, packed_launch
+
+    def heads(batch, length):
+        return torch.empty(batch, length, 4, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+
+    for batch, rows, columns, shift in ((2, 1024, 1024, 0), (1, 1000, 777, 1), (3, 1, 1, 16), (16, 7, 1024, -5)):
+        query, key = heads(batch, rows), heads(batch, columns)
+        problem = (None, None, None, None, None, None, 0.0, 0.125, 0.0, shift, None, shift)
+        for _ in range(2):
+            out, logsumexp = launch.attention(query, key, key, None, *problem)
+            launch.attention_backward(out, None, query, key, key, out, logsumexp, *problem, False, False)
+            with config.specialized():
+                launch.attention(query, key, key, None, *problem)
+                launch.attention_backward(out, None, query, key, key, out, logsumexp, *problem, False, False)
+    plain = len(compiled)
+    for tokens, longest in ((1000, 100), (1024, 16), (7, 1)):
+        packed, bounds = heads(1, tokens)[0].transpose(0, 1), torch.empty(4, dtype=torch.int32, device="meta")
+        packed_launch.packed_attention(packed, packed, packed, bounds, bounds, None, longest, longest, 0.125, None, 0)
+kinds = {(place >= plain, name, kernel.hash) for place, (name, _, kernel) in enumerate(compiled)}
+print(len(compiled), sorted(name for _, name, _ in kinds))
+"""
+
+
+def test_other_lengths_compile_nothing() -> None:
+    """Where no strides depend on them: those of a mask and of the weights do, and are specialised on."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", LENGTHS], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    names = ["delta", "dkey_dvalue", "dkey_dvalue_specialized", "dquery", "dquery_specialized", "forward", "forward"]
+    names.append("forward_specialized")  # of packed sequences there is another ``attention_forward``
+    assert result.stdout.strip() == f"67 {[f'attention_{name}' for name in names]}"
 
 
 def test_the_printed_table_names_what_is_over_budget() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
 
-from gluon_simulator import DeadlockError, Kernel, MisuseError
+from gluon_machine import DeadlockError, MisuseError
+from gluon_simulator import Kernel
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper

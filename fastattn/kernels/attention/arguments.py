@@ -43,8 +43,10 @@ class Shape(NamedTuple):
     """Batches, query heads, query heads of one key head, queries L and keys S; entry (row, column) may take part where
     lower <= column - row <= upper; query 0 stands at position ``shift`` among the keys. ``pitch`` is the number of
     queries from one head to the next where there is one number for each, as in the logsumexp: L, but in packed tensors.
+    ``key_pitch`` is the same of keys.
 
-    The kernels are not specialised on these numbers: other lengths and windows compile nothing.
+    A kernel takes these numbers one by one: those of a tuple are specialised whatever do_not_specialize says, on 1 and
+    on multiples of 16.
     """
 
     batches: Any
@@ -56,6 +58,11 @@ class Shape(NamedTuple):
     upper: Any
     shift: Any
     pitch: Any
+    key_pitch: Any
+
+
+# What a kernel is not specialised on: other batches, lengths and windows compile nothing.
+LENGTHS = ("batches", "rows", "columns", "lower", "upper", "shift", "pitch", "key_pitch")
 
 
 class Masks(NamedTuple):
@@ -93,15 +100,13 @@ class Packed(NamedTuple):
     """Sequences behind one another in tensors of one batch, (1, H, tokens, D).
 
     Sequence n has queries ``query``[n] to ``query``[n + 1] - 1 and keys ``key``[n] to ``key``[n + 1] - 1, of which the
-    first ``used``[n] take part; ``used`` is None where all do, and so are both others where nothing is packed. ``rows``
-    and ``columns`` are the tokens of all sequences, those of ``Shape`` are the longest sequence's.
+    first ``used``[n] take part; ``used`` is None where all do, and so are both others where nothing is packed. The rows
+    and columns of ``Shape`` are the longest sequence's, its pitches the tokens of all.
     """
 
     query: Any
     key: Any
     used: Any
-    rows: Any
-    columns: Any
 
 
 class Dropout(NamedTuple):

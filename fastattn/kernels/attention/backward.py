@@ -15,7 +15,7 @@ queries: P and dS then feed the products from the accumulator's registers.
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention.arguments import Rows
+from fastattn.kernels.attention.arguments import LENGTHS, Rows, Shape
 from fastattn.kernels.attention.packing import from_row, number_of_row, sequence
 from fastattn.kernels.attention.primitives import (
     dscore_tile,
@@ -31,11 +31,13 @@ from fastattn.kernels.attention.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=("shape",))
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_delta(
-    out, dout, dlogsumexp, delta, shape, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
-):
+    out, dout, dlogsumexp, delta, batches, heads, group, rows, columns, lower, upper, shift, pitch, key_pitch,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """delta (B, H, L) float32 from out and its gradient (B, H, L, D) and, where there is one, the logsumexp's."""
+    shape = Shape(batches, heads, group, rows, columns, lower, upper, shift, pitch, key_pitch)
     tiles = tl.cdiv(shape.rows, BLOCK_M)
     program = tl.program_id(0)
     batch_head = program // tiles
@@ -84,12 +86,14 @@ def _walk_keys(
     return dqueries, row_sum
 
 
-@triton.jit(do_not_specialize=("shape", "packed"))
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_dquery(
-    query, key, value, dout, dweights, logsumexp, delta, dquery, dlogsumexp, scale, score_scale, masks, dropout, shape,
-    packed, F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    query, key, value, dout, dweights, logsumexp, delta, dquery, dlogsumexp, scale, score_scale, masks, dropout,
+    batches, heads, group, rows, columns, lower, upper, shift, pitch, key_pitch, packed,
+    F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dquery (B, H, L, D) and, for the weights, dlogsumexp (B, H, L): one program owns BLOCK_M queries of one head."""
+    shape = Shape(batches, heads, group, rows, columns, lower, upper, shift, pitch, key_pitch)
     tiles = tl.cdiv(shape.rows, BLOCK_M)
     program = tl.program_id(0)
     first_row = (tiles - 1 - program % tiles) * BLOCK_M
@@ -180,15 +184,17 @@ def _walk_queries(
     return dkeys, dvalues
 
 
-@triton.jit(do_not_specialize=("shape", "packed"))
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_dkey_dvalue(
-    query, key, value, dout, dweights, logsumexp, delta, dkey, dvalue, scale, score_scale, masks, dropout, shape,
-    packed, F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    query, key, value, dout, dweights, logsumexp, delta, dkey, dvalue, scale, score_scale, masks, dropout,
+    batches, heads, group, rows, columns, lower, upper, shift, pitch, key_pitch, packed,
+    F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dkey, dvalue (B, H / group, S, D): one program owns BLOCK_N keys of one key head and all its query heads.
 
     Either may be absent, its pointer None; without dkey, value and delta are not read.
     """
+    shape = Shape(batches, heads, group, rows, columns, lower, upper, shift, pitch, key_pitch)
     tiles = tl.cdiv(shape.columns, BLOCK_N)
     key_heads = shape.heads // shape.group
     program = tl.program_id(0)

@@ -34,7 +34,11 @@ class Sequences(NamedTuple):
 
 
 class DecodeShape(NamedTuple):
-    """Batches, key heads, query heads of one key head, queries L, parts of the keys."""
+    """Batches, key heads, query heads of one key head, queries L, parts of the keys.
+
+    The kernels are specialised on those of its numbers that are 1 or a multiple of 16, as on every tuple's: one token
+    at a time is compiled apart from a prompt. No step of a decoder compiles anything: lengths lie on the device.
+    """
 
     batches: Any
     key_heads: Any
@@ -129,7 +133,7 @@ def add_sink(logsumexp, sink):
     return result, tl.where(total == 0.0, 0.0, exp(logsumexp - pivot) / tl.where(total == 0.0, 1.0, total))
 
 
-@triton.jit(do_not_specialize=("sequences", "scoring", "shape"))
+@triton.jit
 def decode_split(
     query, key, value, out, out_split, logsumexp, sinks, sequences, scoring, shape,
     F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -210,7 +214,7 @@ def decode_split(
     tl.store(logsumexp + place, lse, mask=real)
 
 
-@triton.jit(do_not_specialize=("shape",))
+@triton.jit
 def decode_combine(
     partial, partial_logsumexp, out, logsumexp, sinks, shape,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, STEP: tl.constexpr,
@@ -253,7 +257,7 @@ def decode_combine(
     tl.store(logsumexp + place, tl.where(empty, float("-inf"), pivot + tl.log(safe_total)))
 
 
-@triton.jit(do_not_specialize=("sequences",))
+@triton.jit
 def append_tokens(
     new_key, new_value, key, value, sequences, key_heads,
     F: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,

@@ -11,7 +11,7 @@ One program owns BLOCK_M queries of one head and walks over the keys they can se
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention.arguments import Rows
+from fastattn.kernels.attention.arguments import LENGTHS, Rows, Shape
 from fastattn.kernels.attention.packing import from_row, number_of_row, rest_of_logsumexp, sequence
 from fastattn.kernels.attention.primitives import (
     LN2,
@@ -77,15 +77,17 @@ def _products(
     return product_tile(queries, query_rows, keys, key_rows, F, DIM, BLOCK_M, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=("shape", "packed"))
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_forward(
-    query, key, value, sinks, out, logsumexp, scale, masks, dropout, shape, packed,
+    query, key, value, sinks, out, logsumexp, scale, masks, dropout, batches, heads, group, rows, columns, lower, upper,
+    shift, pitch, key_pitch, packed,
     F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """query (B, H, L, D), key and value (B, H / group, S, D) -> out (B, H, L, D), logsumexp (2, B, H, L) float32.
 
     With ``packed`` the tensors hold its sequences one behind another, B = 1.
     """
+    shape = Shape(batches, heads, group, rows, columns, lower, upper, shift, pitch, key_pitch)
     tiles = tl.cdiv(shape.rows, BLOCK_M)
     program = tl.program_id(0)
     # The last rows see the most keys under a causal mask: start them first, so that none of them ends alone.

@@ -70,7 +70,7 @@ def why_not_verified(device_type: str) -> str:
     return 'not verified on this device with this Triton; force it with fastattn.backend("triton")'
 
 
-NOT_PACKED = arguments.Packed(None, None, None, 0, 0)
+NOT_PACKED = arguments.Packed(None, None, None)
 
 
 class Problem:
@@ -85,7 +85,7 @@ class Problem:
         """``sequences``: of packed ones, how many, and the longest's queries and keys."""
         self.batch, self.heads, self.rows, self.head_dim = query.shape
         self.key_heads, self.columns = key.shape[1], key.shape[2]
-        self.packed, pitch = packed, self.rows
+        self.packed, pitches = packed, (self.rows, self.columns)
         if packed is not NOT_PACKED:
             self.batch, self.rows, self.columns = sequences
         self.empty = 0 in (self.batch, self.heads, self.rows, self.columns)
@@ -112,7 +112,7 @@ class Problem:
         )
         self.shape = arguments.Shape(
             self.batch, self.heads, self.heads // self.key_heads, self.rows, self.columns,
-            self._within_reach(lower), self._within_reach(upper), shift, pitch,
+            self._within_reach(lower), self._within_reach(upper), shift, *pitches,
         )  # fmt: skip
         slopes = (None, 0) if alibi_slopes is None else (alibi_slopes, operands.batch_stride(alibi_slopes))
         self.masks = arguments.Masks._make(
@@ -170,7 +170,7 @@ class Problem:
         if tile.descriptors:
             arguments |= descriptors.of(arguments, tile, config.block_d(self.head_dim))
         arguments |= {
-            "masks": self.masks, "shape": self.shape, "F": features, "DIM": self.head_dim,
+            "masks": self.masks, **self.shape._asdict(), "F": features, "DIM": self.head_dim,
             "BLOCK_D": config.block_d(self.head_dim), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
             "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers,
         }  # fmt: skip
@@ -218,8 +218,8 @@ def forward_launch(
     tile = shared.specialized_tile("forward", tensors)
     if tile is not None:
         return specialized_launch.ready(
-            "forward", tile, programs(tile), shared.head_dim, tensors, **given, masks=shared.masks, shape=shared.shape,
-            F=shared.features,
+            "forward", tile, programs(tile), shared.head_dim, tensors, **given, masks=shared.masks,
+            F=shared.features, **shared.shape._asdict(),
         )  # fmt: skip
     return shared.ready(
         "forward",
@@ -295,7 +295,7 @@ def backward_pass(
     shape = shared.shape._replace(batches=batch, rows=rows, pitch=rows)
     with on(shared.device):
         backward.attention_delta[(triton.cdiv(rows, tile.block_m) * batch * heads,)](
-            _heads(out), dout, dlogsumexp, delta, shape, DIM=shared.head_dim, BLOCK_D=config.block_d(shared.head_dim),
+            _heads(out), dout, dlogsumexp, delta, *shape, DIM=shared.head_dim, BLOCK_D=config.block_d(shared.head_dim),
             BLOCK_M=tile.block_m, num_warps=tile.warps,
         )  # fmt: skip
     common = {
@@ -369,8 +369,8 @@ def _launch_specialized(
         return False
     rest = {other: common[other] for other in ("logsumexp", "delta", "scale", "score_scale")}
     start, given = specialized_launch.ready(
-        name, tile, programs(tile), shared.head_dim, tensors, **rest, masks=shared.masks, shape=shared.shape,
-        F=shared.features,
+        name, tile, programs(tile), shared.head_dim, tensors, **rest, masks=shared.masks,
+        F=shared.features, **shared.shape._asdict(),
     )  # fmt: skip
     with on(shared.device):
         start(**given)

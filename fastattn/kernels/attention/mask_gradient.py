@@ -9,17 +9,19 @@ column, every tile of rows or columns that shares it. Storing dS instead would m
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention.arguments import Rows
+from fastattn.kernels.attention.arguments import LENGTHS, Rows, Shape
 from fastattn.kernels.attention.primitives import dscore_tile, load_pivot, load_rows, product_tile, score_tile
 
 
-@triton.jit(do_not_specialize=("shape",))
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_dmask(
     query, key, value, dout, dweights, logsumexp, delta, dmask, dmask_batches, dmask_heads, scale, masks,
-    dropout, shape, GRAD_ROWS: tl.constexpr, GRAD_COLUMNS: tl.constexpr, F: tl.constexpr, DIM: tl.constexpr,
+    dropout, batches, heads, group, rows, columns, lower, upper, shift, pitch, key_pitch,
+    GRAD_ROWS: tl.constexpr, GRAD_COLUMNS: tl.constexpr, F: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dmask (dmask_batches, dmask_heads, L or 1, S or 1), each of the first two 1 or full."""
+    shape = Shape(batches, heads, group, rows, columns, lower, upper, shift, pitch, key_pitch)
     row_tiles = tl.cdiv(shape.rows, BLOCK_M) if GRAD_ROWS else 1
     column_tiles = tl.cdiv(shape.columns, BLOCK_N) if GRAD_COLUMNS else 1
     program = tl.program_id(0)

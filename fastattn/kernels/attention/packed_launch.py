@@ -41,7 +41,7 @@ def _packed_problem(
 ) -> launch.Problem:  # fmt: skip
     used = None if seqused_k is None else seqused_k.contiguous()
     rows, columns = query.shape[2], key.shape[2]
-    packed = arguments.Packed(cu_seq_q.contiguous(), cu_seq_k.contiguous(), used, rows, columns)
+    packed = arguments.Packed(cu_seq_q.contiguous(), cu_seq_k.contiguous(), used)
     sequences = cu_seq_q.shape[0] - 1, min(max_q, rows), min(max_k, columns)
     lower = None if left is None else -left
     return launch.Problem(

@@ -18,15 +18,15 @@ def sequence(batch, shape, packed):
     first_key = 0
     if packed.query is not None:
         b = tl.zeros([], tl.int64)
-        first_query, rows = _stretch(packed.query, batch, packed.rows, shape.rows)
-        first_key, columns = _stretch(packed.key, batch, packed.columns, shape.columns)
+        first_query, rows = _stretch(packed.query, batch, shape.pitch, shape.rows)
+        first_key, columns = _stretch(packed.key, batch, shape.key_pitch, shape.columns)
         if packed.used is not None:
             columns = tl.maximum(tl.minimum(tl.load(packed.used + batch).to(tl.int32), columns), 0)
         # The last query stands at the last key.
         shift = columns - rows
         shape = Shape(
             1, shape.heads, shape.group, rows, columns, shape.lower + shift, shape.upper + shift, shape.shift + shift,
-            shape.pitch,
+            shape.pitch, shape.key_pitch,
         )  # fmt: skip
     return b, shape, first_query, first_key
 

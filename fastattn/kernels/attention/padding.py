@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("columns",))
 def key_bounds(
     padding_ptr, start_ptr, end_ptr, holes_ptr, padding_stride_b, padding_stride, columns,
     PADDING_BOOL: tl.constexpr, BLOCK_N: tl.constexpr,

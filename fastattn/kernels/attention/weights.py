@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention.arguments import Rows
+from fastattn.kernels.attention.arguments import LENGTHS, Rows, Shape
 from fastattn.kernels.attention.primitives import (
     dropout_keep,
     key_range,
@@ -18,12 +18,14 @@ from fastattn.kernels.attention.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=("shape",))
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_weights(
-    query, key, logsumexp, weights, averaged, scale, masks, dropout, shape,
+    query, key, logsumexp, weights, averaged, scale, masks, dropout,
+    batches, heads, group, rows, columns, lower, upper, shift, pitch, key_pitch,
     F: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """weights (B, H / averaged, L, S): one program owns a tile and sums over ``averaged`` heads, all or 1."""
+    shape = Shape(batches, heads, group, rows, columns, lower, upper, shift, pitch, key_pitch)
     row_tiles = tl.cdiv(shape.rows, BLOCK_M)
     column_tiles = tl.cdiv(shape.columns, BLOCK_N)
     program = tl.program_id(0)

@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from fastattn.kernels.attention.arguments import LENGTHS, Shape
 from fastattn.kernels.attention.specialized.primitives import (
     CONSUMERS,
     ROWS,
@@ -194,14 +195,16 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=("shape",))
+@gluon.jit(do_not_specialize=LENGTHS)
 def attention_dkey_dvalue_specialized(
-    query, key, value, dout, logsumexp, delta, dkey, dvalue, scale, score_scale, masks, shape,
+    query, key, value, dout, logsumexp, delta, dkey, dvalue, scale, score_scale, masks,
+    batches, heads, group, rows, columns, lower, upper, shift, pitch, key_pitch,
     F: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dkey, dvalue (B, H / group, S, D); arguments as of ``attention_dquery_specialized``, descriptors of tiles of
     BLOCK_M queries and ROWS keys. One program for each BLOCK_N keys of a key head.
     """
+    shape = Shape(batches, heads, group, rows, columns, lower, upper, shift, pitch, key_pitch)
     gl.static_assert(BLOCK_N == CONSUMERS * ROWS)
     gl.static_assert(STAGES >= 2)
     keys = gl.allocate_shared_memory(key.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_D], key.layout)

@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from fastattn.kernels.attention.arguments import LENGTHS, Shape
 from fastattn.kernels.attention.specialized.primitives import (
     CONSUMERS,
     ROWS,
@@ -137,15 +138,17 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=("shape",))
+@gluon.jit(do_not_specialize=LENGTHS)
 def attention_dquery_specialized(
-    query, key, value, dout, logsumexp, delta, dquery, scale, score_scale, masks, shape,
+    query, key, value, dout, logsumexp, delta, dquery, scale, score_scale, masks,
+    batches, heads, group, rows, columns, lower, upper, shift, pitch, key_pitch,
     F: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dquery (B, H, L, D) from query, dout (B, H, L, D), key, value (B, H / group, S, D), all of them descriptors of
     tiles of ROWS queries and BLOCK_N keys, and logsumexp (2, B, H, L), delta (B, H, L); ``score_scale`` > 0 carries
     log2(e). Launched as ``attention_forward_specialized``.
     """
+    shape = Shape(batches, heads, group, rows, columns, lower, upper, shift, pitch, key_pitch)
     gl.static_assert(BLOCK_M == CONSUMERS * ROWS)
     # K_(i+1) is waited for before the place of K_(i-1) is handed back.
     gl.static_assert(STAGES >= 3)

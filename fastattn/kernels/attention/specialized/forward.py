@@ -20,6 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from fastattn.kernels.attention.arguments import LENGTHS, Shape
 from fastattn.kernels.attention.specialized.primitives import (
     CONSUMERS,
     LN2,
@@ -181,9 +182,10 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=("shape",))
+@gluon.jit(do_not_specialize=LENGTHS)
 def attention_forward_specialized(
-    query, key, value, sinks, out, logsumexp, scale, masks, shape,
+    query, key, value, sinks, out, logsumexp, scale, masks,
+    batches, heads, group, rows, columns, lower, upper, shift, pitch, key_pitch,
     F: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """query (B, H, L, D), key and value (B, H / group, S, D) -> out (B, H, L, D), logsumexp (2, B, H, L) float32.
@@ -191,6 +193,7 @@ def attention_forward_specialized(
     These four but for the logsumexp are descriptors, of tiles of ROWS queries and BLOCK_N keys; ``scale`` > 0 carries
     log2(e). Launched with the 4 warps of the first consumer, one program for each BLOCK_M queries of a head.
     """
+    shape = Shape(batches, heads, group, rows, columns, lower, upper, shift, pitch, key_pitch)
     gl.static_assert(BLOCK_M == CONSUMERS * ROWS)
     # A consumer waits for K_(i+1) before it hands back the place of V_(i-1); the producer fetches V_i before K_(i+2).
     gl.static_assert(STAGES >= 2)
