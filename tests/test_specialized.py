@@ -193,13 +193,17 @@ def test_packed_sequences_are_not_served(kernels: dict[str, Counted]) -> None:
 def test_values_that_nobody_sees_may_be_anything(kernels: dict[str, Counted]) -> None:
     query, key, value = (torch.randn(2, 2, n, 16, device=DEVICE).half() for n in (275, 140, 140))
     value[..., 0, :], value[..., -1, :] = float("inf"), float("nan")
-    padding = torch.zeros(2, 140, dtype=torch.bool, device=DEVICE)
-    with config.override(TILES[0]):
-        nobody = attention(query, key, value, key_padding_mask=padding)
-        some = attention(query, key, value, is_causal=True, causal_alignment="bottom-right")
-    assert torch.equal(nobody, torch.zeros_like(nobody))
-    assert torch.equal(some[:, :, :128], nobody[:, :, :128])  # the first program's, none of which sees a key
-    assert launches(kernels) == [2, 0, 0]
+    key[..., 0, :] = float("inf")
+    query.requires_grad_()
+    nobody = {"key_padding_mask": torch.zeros(2, 140, dtype=torch.bool, device=DEVICE)}
+    # Of the last the first program's rows, which see no key.
+    for masks, rows in ((nobody, 275), ({"is_causal": True, "causal_alignment": "bottom-right"}, 128)):
+        with config.override(TILES[0]):
+            found = fastattn.scaled_dot_product_attention(query, key, value, **masks)
+            (grad,) = torch.autograd.grad(found, query, torch.ones_like(found))
+        for result in (found, grad):
+            assert torch.equal(result[:, :, :rows], torch.zeros_like(result[:, :, :rows]))
+    assert launches(kernels) == [2, 2, 2]
 
 
 def test_a_long_row_of_equal_scores(kernels: dict[str, Counted]) -> None:

@@ -82,8 +82,8 @@ _HALF_PLAIN = {
     "weights": {128: Tile(64, 64, 8), 256: Tile(64, 32, 8)},
 }
 _HALF_HEAVY = {
-    "forward": {128: Tile(64, 32, 8), 256: Tile(64, 32, 8, 2, 255)},
-    "dquery": {128: Tile(64, 32, 8), 256: Tile(64, 16, 8)},
+    "forward": {64: Tile(64, 32, 8), 256: Tile(64, 32, 8, 2, 255)},
+    "dquery": {128: Tile(64, 32, 8), 256: Tile(64, 16, 8, 1)},
     "dkey_dvalue": {128: Tile(16, 64, 8, 2, 255), 256: Tile(16, 32, 8, 2, 255)},
     "dmask": {128: Tile(64, 16, 8, 1, 255), 256: Tile(16, 64, 8, 1, 255)},
     "weights": {128: Tile(64, 32, 8, 2, 255), 256: Tile(64, 16, 8)},
@@ -109,9 +109,9 @@ _HOPPER_HEAVY = {
 # By tensor descriptor no thread holds addresses, and there are registers for larger tiles. TFLOP/s on paper of causal
 # calls, without overlap and as compiled, by pointers and by descriptors:
 #                    64                       128                      256
-#     forward        381, 541 -> 442, 692     455, 874 -> 584, 940     464, 464 -> 542, 542
-#     dquery         440, 759 -> 518, 949     457, 810 -> 518, 949     393, 531 -> 438, 813
-#     dkey_dvalue    416, 690 -> 460, 779     394, 552 -> 434, 799     376, 536 -> 414, 569 of dkey
+#     forward        381, 541 -> 444, 710     455, 874 -> 584, 940     464, 464 -> 542, 542
+#     dquery         440, 759 -> 518, 880     457, 810 -> 518, 949     393, 531 -> 438, 813
+#     dkey_dvalue    416, 690 -> 460, 723     394, 552 -> 434, 799     376, 536 -> 414, 569 of dkey
 #                                                                      197, 197 -> 227, 227 of dvalue
 # Forward at 128 a pipeline over the edge as well would spill 16 bytes. Tried and not taken: 128 queries of 128 keys for
 # dquery (at 64 as compiled 821; at 128 it spills 92 bytes), 64 of 128 for dkey_dvalue at 128 (949 without a causal
@@ -155,7 +155,7 @@ _BLACKWELL_PLAIN_DESCRIBED = {
     },
 }
 _BLACKWELL_HEAVY_DESCRIBED = {
-    "forward": {128: Tile(128, 64, 8, 2, 255, descriptors=True), 256: Tile(128, 32, 8, descriptors=True)},
+    "forward": {128: Tile(128, 64, 8, 2, 255, descriptors=True), 256: Tile(128, 32, 8, 2, 255, descriptors=True)},
     "dquery": {128: Tile(128, 64, 8, 2, 255, descriptors=True), 256: Tile(128, 32, 8, descriptors=True)},
     "dkey_dvalue": {
         128: Tile(32, 128, 8, 2, 255, descriptors=True),
@@ -166,12 +166,12 @@ _BLACKWELL_HEAVY_DESCRIBED = {
 # first keys of a row, which takes registers (16 to 40 bytes spilled with the larger tiles). All exponentials run beside
 # a product, and no barrier holds all warps. TFLOP/s on paper of causal calls, no overlap and as compiled:
 #                                  64          128         256
-#     forward                      442, 692    584, 940    542, 542
+#     forward                      444, 710    584, 940    542, 542
 #     by specialised warps         467, 920    584, 949    542, 949
-#     dquery                       518, 949    518, 949    438, 813
+#     dquery                       518, 880    518, 949    438, 813
 #     by specialised warps         518, 949    518, 949    spills 40 to 556 bytes
-#     dkey_dvalue                  460, 779    434, 799    (apart)
-#     by specialised warps         542, 949    474, 949    no room for two sums of 64 keys
+#     dkey_dvalue                  460, 723    434, 799    (apart)
+#     by specialised warps         514, 949    474, 949    no room for two sums of 64 keys
 # Tried and not taken: three consumers (160 registers each; forward spills 724 bytes at 64 with 128 keys a tile, with 64
 # keys 893 as compiled), 232 registers for a consumer and 40 for the producer (28 to 76 bytes at 128 and 256); for
 # dkey_dvalue at 128 tiles of 64 queries (with a causal mask 12 bytes, compiled by 3.6 124), and at both the sums of
@@ -192,7 +192,9 @@ _SPECIALIZED = {
 _SPECIALIZED_FASTER: frozenset[tuple[str, int]] = frozenset()
 # By pointers sm_80's, without the assembler's choice of 128 registers and 12 or 16 bytes spilled.
 _BLACKWELL_PLAIN = {"dquery": {64: Tile(64, 64, 8), 128: Tile(64, 64, 8, 2, 255), 256: Tile(64, 32, 8)}}
-_BLACKWELL_HEAVY = {"dquery": {128: Tile(64, 32, 8), 256: Tile(64, 16, 8, 2, 255)}}
+_BLACKWELL_HEAVY = {
+    "dquery": {64: Tile(64, 32, 8), 128: Tile(64, 32, 8, 2, 255), 256: Tile(64, 16, 8, 2, 255)},
+}
 _OWN = {
     (90, False): _HOPPER_PLAIN,
     (90, True): _HOPPER_HEAVY,
@@ -209,7 +211,7 @@ _DESCRIBED = {
 _FLOAT32 = {64: Tile(32, 32, 8, 2, 255), 128: Tile(16, 32, 8, 2, 255), 256: Tile(16, 16, 8, 1, 255)}
 _FLOAT32_HEAVY = {128: Tile(16, 32, 8, 2, 255), 256: Tile(16, 16, 8, 1, 255)}
 _FLOAT32_PIECE = 32
-_DELTA = Tile(64, 16, 4, 1)
+_DELTA = {128: Tile(64, 16, 4, 1), 256: Tile(32, 16, 4, 1)}
 
 
 def tile(
@@ -222,8 +224,8 @@ def tile(
     if _override is not None:
         return _override if described else replace(_override, descriptors=False)
     if kernel == "delta":
-        return _DELTA
-    if dtype == torch.float32:
+        choices = _DELTA
+    elif dtype == torch.float32:
         choices = _FLOAT32_HEAVY if heavy and kernel in ("dkey_dvalue", "dmask") else _FLOAT32
     else:
         choices = (_HALF_HEAVY if heavy else _HALF_PLAIN)[kernel]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention.primitives import LOG2E, capped, within_band
+from fastattn.kernels.attention.primitives import LOG2E, capped
 
 
 class Sequences(NamedTuple):
@@ -113,6 +113,16 @@ def load_cache(
 
 
 @triton.jit
+def _within_band(score, distance, lower, upper, F: tl.constexpr):
+    """-inf where not lower <= distance <= upper; distance is that of the key from the query."""
+    if F.has_lower:
+        score = tl.where(distance >= lower, score, float("-inf"))
+    if F.has_upper:
+        score = tl.where(distance <= upper, score, float("-inf"))
+    return score
+
+
+@triton.jit
 def decode_score(product, column, position, inside, slope, scoring, F: tl.constexpr):
     """Scores of a tile (BM, BN) from its products: scale, cap, ALiBi, -inf where the entry takes no part."""
     score, _ = capped(product * scoring.scale, scoring.cap, F)
@@ -120,7 +130,7 @@ def decode_score(product, column, position, inside, slope, scoring, F: tl.conste
     if scoring.slopes is not None:
         score = score - slope[:, None] * tl.abs(distance).to(tl.float32)
     score = tl.where(inside[None, :], score, float("-inf"))
-    return within_band(score, distance, scoring.lower, scoring.upper, F)
+    return _within_band(score, distance, scoring.lower, scoring.upper, F)
 
 
 @triton.jit

@@ -156,6 +156,8 @@ class Problem:
         """
         if not self.bare or self.packed is not NOT_PACKED or not _LEAST_SCALE <= self.score_scale <= _LARGEST_SCALE:
             return None
+        if name == "dkey_dvalue" and self.features.has_lower and self.heads != self.key_heads:
+            return None  # the loop over the heads of a group spills 36 to 288 bytes beside a window's two bounds
         cut = self.features.has_lower or self.features.padding_bool
         tile = config.specialized_tile(name, self.head_dim, cut=cut, arch=architecture(self.device))
         described = tile is not None and all(descriptors.describable(heads) for heads in tensors.values())

@@ -219,16 +219,6 @@ def capped(score, cap, F: tl.constexpr):
 
 
 @triton.jit
-def within_band(score, distance, lower, upper, F: tl.constexpr):
-    """-inf where not lower <= distance <= upper; distance is that of the key from the query."""
-    if F.has_lower:
-        score = tl.where(distance >= lower, score, float("-inf"))
-    if F.has_upper:
-        score = tl.where(distance <= upper, score, float("-inf"))
-    return score
-
-
-@triton.jit
 def score_tile(
     product, b, h, first_row, first_column, scale, masks, shape, F: tl.constexpr, EDGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -275,10 +265,37 @@ def score_tile(
         of_key = tl.load(masks.segment_key + b * shape.columns + first_column + column, mask=inside_column, other=0)
         score = tl.where(of_query == of_key, score, float("-inf"))
     if EDGE:
-        score = tl.where(inside_column, score, float("-inf"))
-        offset = first_row - first_column
-        score = within_band(score, column - row, shape.lower + offset, shape.upper + offset, F)
+        score = _within_tile(score, row, column, first_row, first_column, shape, F, TRANSPOSED)
     return score, slope
+
+
+@triton.jit
+def _within_tile(
+    score, row, column, first_row, first_column, shape, F: tl.constexpr, TRANSPOSED: tl.constexpr
+):  # fmt: skip
+    """-inf where there is no key or the band excludes it.
+
+    What a thread holds few of, rows or, TRANSPOSED, columns, gives the bounds of the others: a tile of differences
+    would take a register for each entry.
+    """
+    offset = first_row - first_column
+    past = shape.columns - first_column
+    if TRANSPOSED:
+        first = tl.zeros_like(column)
+        if F.has_upper:
+            first = column - (shape.upper + offset)
+        first = tl.where(column < past, first, 2147483647)
+        score = tl.where(row >= first, score, float("-inf"))
+        if F.has_lower:
+            score = tl.where(row <= column - (shape.lower + offset), score, float("-inf"))
+    else:
+        last = tl.zeros_like(row) + (past - 1)
+        if F.has_upper:
+            last = tl.minimum(last, row + (shape.upper + offset))
+        score = tl.where(column <= last, score, float("-inf"))
+        if F.has_lower:
+            score = tl.where(column >= row + (shape.lower + offset), score, float("-inf"))
+    return score
 
 
 @triton.jit

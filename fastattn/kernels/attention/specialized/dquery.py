@@ -19,6 +19,7 @@ from fastattn.kernels.attention.specialized.primitives import (
     CONSUMERS,
     ROWS,
     accumulator,
+    by_row,
     fetch,
     load_pivot,
     load_tile,
@@ -131,8 +132,10 @@ def _consume(
     dqueries = start_sum(dqueries, dscore, keys.tiles.index(place), BLOCK_D, BLOCK_N)
     dqueries = hopper.warpgroup_mma_wait(0, deps=[dqueries])
 
+    # Of rows without keys, whatever stands in keys and values that nobody sees: 0 times it is not always 0.
+    dqueries = gl.where(by_row(pivot, BLOCK_D) == float("inf"), 0.0, dqueries * scale)
     # Through the place of the queries, which nobody reads any more.
-    queries.reshape([ROWS, BLOCK_D]).store((dqueries * scale).to(keys.tiles.dtype))
+    queries.reshape([ROWS, BLOCK_D]).store(dqueries.to(keys.tiles.dtype))
     hopper.fence_async_shared()
     store_tile(dquery, [work.b, work.h, work.first_row + consumer * ROWS, 0], queries)
     tma.store_wait(0)

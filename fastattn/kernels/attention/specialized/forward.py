@@ -156,20 +156,20 @@ def _consume(
     output = hopper.warpgroup_mma_wait(0, deps=[output])
 
     maximum = maximum * scale
+    factor = 1.0
     if sinks is not None:
         # A sink is one more key, of value 0, that every row sees.
         sink = gl.load(sinks + work.h).to(gl.float32) * LOG2E
         last_maximum = gl.maximum(maximum, sink)
         pivot = gl.where(last_maximum == float("-inf"), 0.0, last_maximum)
-        decay = gl.exp2(maximum - pivot)
-        total = total * decay + gl.exp2(sink - pivot)
-        output = output * by_row(decay, BLOCK_D)
+        factor = gl.exp2(maximum - pivot)
+        total = total * factor + gl.exp2(sink - pivot)
         maximum = last_maximum
     empty = total == 0.0
     total = gl.where(empty, 1.0, total)
+    factor = by_row(gl.where(empty, 0.0, factor / total), BLOCK_D)
     # Values that nobody sees may be anything: 0 times them is not always 0.
-    factor = by_row(gl.where(empty, -1.0, 1.0 / total), BLOCK_D)
-    output = gl.where(factor < 0.0, 0.0, output * factor)
+    output = gl.where(factor == 0.0, 0.0, output * factor)
     # Through the place of the queries, which nobody reads any more. What lies past the end of ``out`` is not written.
     queries.reshape([ROWS, BLOCK_D]).store(output.to(keys.tiles.dtype))
     hopper.fence_async_shared()
