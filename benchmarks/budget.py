@@ -163,8 +163,7 @@ def compile_case(case: Case, call: Callable[[Any, Case], None] | None = None) ->
     rows = {}
     for name, arguments, kernel in compiled:
         if name not in ("key_bounds", "segment_bounds"):
-            row = _row(case, name + _of(arguments), kernel)
-            rows[row.key] = row
+            rows[kernel.hash] = _row(case, name + _of(arguments), kernel)
     return list(rows.values())
 
 
