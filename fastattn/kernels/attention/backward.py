@@ -155,8 +155,8 @@ def _walk_queries(
         inside = row < shape.rows
         query_rows = Rows(query, b, h, first_row, shape.rows)
         queries = load_rows(query_rows, DIM, BLOCK_M, BLOCK_D)  # [BM, BD]
-        # Before the products: 29 of 32 exponentials are then computed while the second one runs (sm_90, D = 64), and
-        # none where this is loaded behind them.
+        # Before the products: of 32 exponentials 24 to all are then computed while the second one runs (sm_90, D = 64),
+        # and none where this is loaded behind them.
         pivot, rest = load_pivot(logsumexp, b, h, first_row, shape, F, BLOCK_M)
         product = product_tile(keys, key_rows, queries, query_rows, F, DIM, BLOCK_N, BLOCK_M)  # [BN, BM]
         dproduct = product

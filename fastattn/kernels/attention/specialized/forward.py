@@ -14,7 +14,6 @@ Tiles are walked from the last to the first: those that the end and an upper bou
 comparisons keep in registers is gone before the tiles that nothing cuts.
 """
 
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
