@@ -121,9 +121,9 @@ class Row:
             return None
         block_m, block_n = map(int, self.tile.split("x"))
         loop = Loop(**{field.name: getattr(self, field.name) for field in fields(Loop)})
-        # Where warps hand registers on, those of the producer, a warp group like the others, take no part in the loop.
-        warps = self.warps - 4 if self.setmaxnreg else self.warps
-        return paper_model.bound(self.kernel, self.head_dim, block_m, block_n, warps, loop, wgmma=self.tensor_core > 0)
+        # Of specialised warps those of the producer, a warp group like the others, take no part in the loop.
+        warps, kernel = self.warps - 4 * bool(self.setmaxnreg), self.kernel.removesuffix("_specialized")
+        return paper_model.bound(kernel, self.head_dim, block_m, block_n, warps, loop, wgmma=self.tensor_core > 0)
 
     @property
     def case(self) -> Case:
@@ -160,11 +160,9 @@ def compile_case(case: Case, call: Callable[[Any, Case], None] | None = None) ->
         import torch
 
         (call or _call)(torch, case)
-    rows = {}
-    for name, arguments, kernel in compiled:
-        if name not in ("key_bounds", "segment_bounds"):
-            rows[kernel.hash] = _row(case, name + _of(arguments), kernel)
-    return list(rows.values())
+    bounds = ("key_bounds", "segment_bounds")
+    once = {kernel.hash: (name, given, kernel) for name, given, kernel in compiled if name not in bounds}
+    return [_row(case, name + _of(given), kernel) for name, given, kernel in once.values()]
 
 
 def _of(arguments: dict[str, Any]) -> str:
@@ -243,8 +241,7 @@ def _call(torch: Any, case: Case) -> None:
     """Attention, weights and both gradients on tensors without storage."""
     from fastattn.kernels.attention import config, launch, packed_launch
 
-    batch, heads, length = 2, 4, 1024
-    dtype = getattr(torch, case.dtype)
+    (batch, heads, length), dtype = (2, 4, 1024), getattr(torch, case.dtype)
 
     def empty(*shape: int, dtype: Any = dtype) -> Any:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -28,8 +28,7 @@ _ISSUED = 4  # warps
 # Multiplications and additions for each (query, key, feature): two for each product the algorithm needs.
 _PRODUCTS = {
     "attention_forward": 2, "attention_dquery": 3, "attention_dkey_dvalue": 4, "attention_dkey_dvalue of key": 3,
-    "attention_dkey_dvalue of value": 1, "attention_forward_specialized": 2, "attention_dquery_specialized": 3,
-    "attention_dkey_dvalue_specialized": 4,
+    "attention_dkey_dvalue of value": 1,
 }  # fmt: skip
 
 

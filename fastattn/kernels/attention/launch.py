@@ -148,8 +148,26 @@ class Problem:
             tile = choose(described=False)
         return tile
 
-    def specialized_tile(self, name: str, tensors: Mapping[str, Any]) -> config.Tile | None:
-        """The tile of a kernel of specialised warps; None where the other one of its name is to be taken.
+    def programs_of_queries(self, tile: config.Tile) -> int:
+        """Of a kernel whose programs own queries."""
+        return int(triton.cdiv(self.rows, tile.block_m) * self.batch * self.heads)
+
+    def programs_of_keys(self, tile: config.Tile) -> int:
+        """Of a kernel whose programs own keys."""
+        return int(triton.cdiv(self.columns, tile.block_n) * self.batch * self.key_heads)
+
+    def specialized(
+        self, name: str, programs: Callable[[config.Tile], int], tensors: Mapping[str, Any], **given: Any
+    ) -> tuple[Callable[..., Any], dict[str, Any]] | None:
+        """As ``ready``, a kernel of specialised warps; None where the other one of its name is to be taken."""
+        tile = self._specialized_tile(name, tensors)
+        if tile is None:
+            return None
+        given |= {"masks": self.masks, **self.shape._asdict(), "F": self.features}
+        return specialized_launch.ready(name, tile, programs(tile), self.head_dim, tensors, **given)
+
+    def _specialized_tile(self, name: str, tensors: Mapping[str, Any]) -> config.Tile | None:
+        """The tile of a kernel of specialised warps, where it is to be taken.
 
         It serves what has no masks but a band and boolean padding, tensors that descriptors can read and write, and
         scores that grow with the products: it masks them, and takes their maximum, before it scales them.
@@ -213,20 +231,9 @@ def forward_launch(
     """The forward kernel with its grid, and all of its arguments; for a problem that is not empty."""
     tensors = {"query": _heads(query), "key": _heads(key), "value": _heads(value), "out": _heads(out)}
     given = {"sinks": sinks, "logsumexp": logsumexp, "scale": shared.score_scale}
-
-    def programs(tile: config.Tile) -> int:
-        return int(triton.cdiv(shared.rows, tile.block_m) * shared.batch * shared.heads)
-
-    tile = shared.specialized_tile("forward", tensors)
-    if tile is not None:
-        return specialized_launch.ready(
-            "forward", tile, programs(tile), shared.head_dim, tensors, **given, masks=shared.masks,
-            F=shared.features, **shared.shape._asdict(),
-        )  # fmt: skip
-    return shared.ready(
-        "forward",
-        forward.attention_forward,
-        programs,
+    programs = shared.programs_of_queries
+    return shared.specialized("forward", programs, tensors, **given) or shared.ready(
+        "forward", forward.attention_forward, programs,
         **tensors, **given, dropout=shared.dropout_arguments, packed=shared.packed,
     )  # fmt: skip
 
@@ -336,12 +343,7 @@ def _launch_gradients(
     shared: Problem, common: dict[str, Any], dquery: Tensor, dlogsumexp: Tensor | None, dkey: Tensor,
     dvalue: Tensor | None, masks: list[Tensor],
 ) -> None:  # fmt: skip
-    def of_queries(tile: config.Tile) -> int:
-        return int(triton.cdiv(shared.rows, tile.block_m) * shared.batch * shared.heads)
-
-    def of_keys(tile: config.Tile) -> int:
-        return int(triton.cdiv(shared.columns, tile.block_n) * shared.batch * shared.key_heads)
-
+    of_queries, of_keys = shared.programs_of_queries, shared.programs_of_keys
     given = {**common, "scale": shared.scale, "score_scale": shared.score_scale}
     if not _launch_specialized("dquery", shared, given, of_queries, dquery=_heads(dquery)):
         shared.launch(
@@ -366,14 +368,12 @@ def _launch_specialized(
 ) -> bool:  # fmt: skip
     """Whether a gradient kernel of specialised warps serves the call; it is launched then."""
     tensors = {read: common[read] for read in ("query", "key", "value", "dout")} | written
-    tile = None if common["dweights"].pointer is not None else shared.specialized_tile(name, tensors)
-    if tile is None:
-        return False
     rest = {other: common[other] for other in ("logsumexp", "delta", "scale", "score_scale")}
-    start, given = specialized_launch.ready(
-        name, tile, programs(tile), shared.head_dim, tensors, **rest, masks=shared.masks,
-        F=shared.features, **shared.shape._asdict(),
-    )  # fmt: skip
+    of_weights = common["dweights"].pointer is not None
+    ready = None if of_weights else shared.specialized(name, programs, tensors, **rest)
+    if ready is None:
+        return False
+    start, given = ready
     with on(shared.device):
         start(**given)
     return True

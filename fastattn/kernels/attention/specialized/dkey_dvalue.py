@@ -23,15 +23,15 @@ from fastattn.kernels.attention.specialized.primitives import (
     accumulator,
     by_row,
     fetch,
+    load_owned,
     load_pivot,
-    load_tile,
     new_barriers,
     new_ring,
     operand,
     place_of,
     start_product,
     start_sum,
-    store_tile,
+    store_owned,
 )
 
 
@@ -90,10 +90,8 @@ def _produce(
 ):  # fmt: skip
     work = _work_of_program(masks, shape, F, BLOCK_M)
     mbarrier.expect(arrived, 4 * CONSUMERS * ROWS * BLOCK_D)
-    for consumer in gl.static_range(CONSUMERS):
-        place = [work.b, work.h, work.first_column + consumer * ROWS, 0]
-        load_tile(key, place, arrived, all_keys.index(consumer))
-        load_tile(value, place, arrived, all_values.index(consumer))
+    load_owned(key, all_keys, arrived, work.b, work.h, work.first_column)
+    load_owned(value, all_values, arrived, work.b, work.h, work.first_column)
     for tile in range(work.tiles * shape.group):
         head = work.h * shape.group + tile // work.tiles
         row = work.begin + tile % work.tiles * BLOCK_M
@@ -117,7 +115,7 @@ def _walk(
     shape, F: gl.constexpr, UPPER: gl.constexpr, LOWER: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Start to add the tiles [begin, end) of a query head, before which there were ``tiles_before`` of others."""
+    """Add the tiles [begin, end) of a query head, before which there were ``tiles_before`` of others."""
     for number in range(begin, end):
         tile = tiles_before + number
         place, phase = place_of(tile, STAGES)
@@ -141,13 +139,6 @@ def _walk(
         mbarrier.arrive(queries.read.index(place))
         mbarrier.arrive(douts.read.index(place))
     return dkeys, dvalues
-
-
-@gluon.jit
-def _store(descriptor, sums, memory, work, consumer: gl.constexpr, BLOCK_D: gl.constexpr):
-    memory.reshape([ROWS, BLOCK_D]).store(sums.to(memory.dtype))
-    hopper.fence_async_shared()
-    store_tile(descriptor, [work.b, work.h, work.first_column + consumer * ROWS, 0], memory)
 
 
 @gluon.jit
@@ -189,9 +180,9 @@ def _consume(
         takes_part = by_row(takes_part, BLOCK_D)
         dkeys = gl.where(takes_part, dkeys, 0.0)
         dvalues = gl.where(takes_part, dvalues, 0.0)
-    # Through the places of keys and values, which nobody reads any more.
-    _store(dkey, dkeys, keys, work, consumer, BLOCK_D)
-    _store(dvalue, dvalues, values, work, consumer, BLOCK_D)
+    first_own = work.first_column + consumer * ROWS
+    store_owned(dkey, dkeys, keys, work.b, work.h, first_own, BLOCK_D)
+    store_owned(dvalue, dvalues, values, work.b, work.h, first_own, BLOCK_D)
     tma.store_wait(0)
 
 

@@ -21,15 +21,15 @@ from fastattn.kernels.attention.specialized.primitives import (
     accumulator,
     by_row,
     fetch,
+    load_owned,
     load_pivot,
-    load_tile,
     new_barriers,
     new_ring,
     operand,
     place_of,
     start_product,
     start_sum,
-    store_tile,
+    store_owned,
     taking_part,
     work_of_program,
 )
@@ -42,10 +42,8 @@ def _produce(
 ):  # fmt: skip
     work = work_of_program(masks, shape, F, BLOCK_N)
     mbarrier.expect(arrived, 4 * CONSUMERS * ROWS * BLOCK_D)
-    for consumer in gl.static_range(CONSUMERS):
-        place = [work.b, work.h, work.first_row + consumer * ROWS, 0]
-        load_tile(query, place, arrived, queries.index(consumer))
-        load_tile(dout, place, arrived, douts.index(consumer))
+    load_owned(query, queries, arrived, work.b, work.h, work.first_row)
+    load_owned(dout, douts, arrived, work.b, work.h, work.first_row)
     head = work.h // shape.group
     for tile in range(work.tiles):
         column = work.begin + (work.tiles - 1 - tile) * BLOCK_N
@@ -134,10 +132,7 @@ def _consume(
 
     # Of rows without keys, whatever stands in keys and values that nobody sees: 0 times it is not always 0.
     dqueries = gl.where(by_row(pivot, BLOCK_D) == float("inf"), 0.0, dqueries * scale)
-    # Through the place of the queries, which nobody reads any more.
-    queries.reshape([ROWS, BLOCK_D]).store(dqueries.to(keys.tiles.dtype))
-    hopper.fence_async_shared()
-    store_tile(dquery, [work.b, work.h, work.first_row + consumer * ROWS, 0], queries)
+    store_owned(dquery, dqueries, queries, work.b, work.h, work.first_row + consumer * ROWS, BLOCK_D)
     tma.store_wait(0)
 
 

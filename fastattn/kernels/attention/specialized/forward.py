@@ -20,22 +20,21 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from fastattn.kernels.attention.arguments import LENGTHS, Shape
+from fastattn.kernels.attention.primitives import LN2, LOG2E
 from fastattn.kernels.attention.specialized.primitives import (
     CONSUMERS,
-    LN2,
-    LOG2E,
     ROWS,
     accumulator,
     by_row,
     fetch,
-    load_tile,
+    load_owned,
     new_barriers,
     new_ring,
     operand,
     place_of,
     start_product,
     start_sum,
-    store_tile,
+    store_owned,
     taking_part,
     work_of_program,
 )
@@ -48,8 +47,7 @@ def _produce(
 ):  # fmt: skip
     work = work_of_program(masks, shape, F, BLOCK_N)
     mbarrier.expect(arrived, 2 * CONSUMERS * ROWS * BLOCK_D)
-    for consumer in gl.static_range(CONSUMERS):
-        load_tile(query, [work.b, work.h, work.first_row + consumer * ROWS, 0], arrived, queries.index(consumer))
+    load_owned(query, queries, arrived, work.b, work.h, work.first_row)
     head = work.h // shape.group
     last_column = work.begin + (work.tiles - 1) * BLOCK_N
     fetch(key, keys, 0, work.b, head, last_column, STAGES, 2 * BLOCK_N * BLOCK_D)
@@ -169,10 +167,7 @@ def _consume(
     factor = by_row(gl.where(empty, 0.0, factor / total), BLOCK_D)
     # Values that nobody sees may be anything: 0 times them is not always 0.
     output = gl.where(factor == 0.0, 0.0, output * factor)
-    # Through the place of the queries, which nobody reads any more. What lies past the end of ``out`` is not written.
-    queries.reshape([ROWS, BLOCK_D]).store(output.to(keys.tiles.dtype))
-    hopper.fence_async_shared()
-    store_tile(out, [work.b, work.h, work.first_row + consumer * ROWS, 0], queries)
+    store_owned(out, output, queries, work.b, work.h, work.first_row + consumer * ROWS, BLOCK_D)
     number = (gl.cast(work.b, gl.int64) * shape.heads + work.h) * shape.rows + row
     rest = gl.cast(shape.batches, gl.int64) * shape.heads * shape.rows
     high = gl.where(empty, float("-inf"), maximum * LN2 + gl.log2(total) * LN2)

@@ -11,11 +11,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from fastattn.kernels.attention.primitives import LOG2E
+
 # triton 3.6 calls them by other names.
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-LN2 = gl.constexpr(0.6931471805599453)
-LOG2E = gl.constexpr(1.4426950408889634)
 # Queries of a consumer, the rows of a wgmma; and consumers of a program. A third one would leave each 160 registers.
 ROWS = gl.constexpr(64)
 CONSUMERS = gl.constexpr(2)
@@ -84,6 +84,24 @@ def fetch(rows, ring, tile, batch, head, row, STAGES: gl.constexpr, BYTES: gl.co
     mbarrier.wait(ring.read.index(place), phase ^ 1)
     mbarrier.expect(ring.filled.index(place), BYTES)
     load_tile(rows, [batch, head, row, 0], ring.filled.index(place), ring.tiles.index(place))
+
+
+@gluon.jit
+def load_owned(rows, memory, arrived, batch, head, first):
+    """Have the rows of all consumers fetched, from row ``first`` on."""
+    for consumer in gl.static_range(CONSUMERS):
+        load_tile(rows, [batch, head, first + consumer * ROWS, 0], arrived, memory.index(consumer))
+
+
+@gluon.jit
+def store_owned(rows, sums, memory, batch, head, first, BLOCK_D: gl.constexpr):
+    """Have a consumer's sums written, by way of memory that nobody reads any more; to be waited for.
+
+    What lies past the end of the tensor is not written.
+    """
+    memory.reshape([ROWS, BLOCK_D]).store(sums.to(memory.dtype))
+    hopper.fence_async_shared()
+    store_tile(rows, [batch, head, first, 0], memory)
 
 
 @gluon.jit
