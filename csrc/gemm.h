@@ -16,25 +16,24 @@ __attribute__((always_inline)) static inline void micro_kernel(
     int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_row, float* c, int64_t c_row,
     bool accumulate, const float* ahead, int64_t ahead_step) {
   vec sum[ROWS][VECTORS];
-  for (int m = 0; m < ROWS; ++m)
-    for (int v = 0; v < VECTORS; ++v) sum[m][v] = vec{};
+  unrolled<ROWS * VECTORS>([&](auto i) __attribute__((always_inline)) { sum[i / VECTORS][i % VECTORS] = vec{}; });
   for (int64_t k = 0; k < K; ++k) {
     vec right[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) right[v] = load(b + v * kLanes);
-    for (int v = 0; v < ASKED; ++v) __builtin_prefetch(ahead + v * kLanes, 0, 4 - LEVEL);
-    for (int m = 0; m < ROWS; ++m) {
+    unrolled<VECTORS>([&](auto v) __attribute__((always_inline)) { right[v] = load(b + v * kLanes); });
+    unrolled<ASKED>([&](auto v) __attribute__((always_inline)) { __builtin_prefetch(ahead + v * kLanes, 0, 4 - LEVEL); });
+    unrolled<ROWS>([&](auto m) __attribute__((always_inline)) {
       const vec left = splat(a[m * a_row]);
-      for (int v = 0; v < VECTORS; ++v) sum[m][v] += left * right[v];
-    }
+      unrolled<VECTORS>([&](auto v) __attribute__((always_inline)) { sum[m][v] += left * right[v]; });
+    });
     a += a_k;
     b += b_row;
     ahead += ahead_step;
   }
-  for (int m = 0; m < ROWS; ++m)
-    for (int v = 0; v < VECTORS; ++v) {
-      float* to = c + m * c_row + v * kLanes;
-      store(to, accumulate ? load(to) + sum[m][v] : sum[m][v]);
-    }
+  unrolled<ROWS * VECTORS>([&](auto i) __attribute__((always_inline)) {
+    constexpr int m = i / VECTORS, v = i % VECTORS;
+    float* to = c + m * c_row + v * kLanes;
+    store(to, accumulate ? load(to) + sum[m][v] : sum[m][v]);
+  });
 }
 
 // Terms of one short sum.
@@ -83,14 +82,20 @@ static void strip(
     int64_t M, int64_t K, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, bool accumulate) {
   constexpr int rows = kAccumulators / VECTORS < kMaxRows ? kAccumulators / VECTORS : kMaxRows;
   const int64_t blocks = (M + rows - 1) / rows;
+  if (blocks == 0) return;
+  const int64_t least = M / blocks, higher = M % blocks;  // the height of a block, and how many have one row more
   const bool dense = b_row == VECTORS * kLanes;
+  const int64_t each = (VECTORS + blocks - 1) / blocks;  // vectors that a block asks for at a time
   for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t m = M * i / blocks, here = M * (i + 1) / blocks - m;
-    const int64_t each = STREAMED ? (VECTORS + blocks - 1) / blocks : 0;  // vectors that a block asks for at a time
-    const int64_t asked = dense || i * each < VECTORS ? each : 0;
-    block_asking<rows, VECTORS, STREAMED ? VECTORS : 0>(
-        asked, here, K, a.data + m * a.row, a.row, a.column, b, b_row, c + m * c_row, c_row, accumulate,
-        b + K * b_row + (dense ? i * K * b_row / blocks : i * each * kLanes), dense ? b_row / blocks : b_row);
+    const int64_t here = least + (i < higher ? 1 : 0);
+    if constexpr (STREAMED)
+      block_asking<rows, VECTORS, VECTORS>(
+          dense || i * each < VECTORS ? each : 0, here, K, a.data, a.row, a.column, b, b_row, c, c_row, accumulate,
+          b + K * b_row + (dense ? i * K * b_row / blocks : i * each * kLanes), dense ? b_row / blocks : b_row);
+    else
+      block<rows, VECTORS, 0>(here, K, a.data, a.row, a.column, b, b_row, c, c_row, accumulate, b, 0);
+    a.data += here * a.row;
+    c += here * c_row;
   }
 }
 

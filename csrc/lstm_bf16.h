@@ -57,9 +57,11 @@ static void lstm_pack_columns_bf16(
       }
 }
 
-// The rows of the left operand, padded with zeros to whole tiles; `row` is then their distance.
+// The rows of the left operand, padded with zeros to whole tiles; `row` is then their distance. For `dots` those of whole
+// tiles are read where they stand, unless they are 2 or 4 kB apart and fall into the same sets of the cache.
 static inline LstmLeft lstm_left_bf16(
-    const BFloat16* from, int64_t from_row, int64_t rows, int64_t depth, float* scratch) {
+    LstmForm form, const BFloat16* from, int64_t from_row, int64_t rows, int64_t depth, float* scratch) {
+  if (form == LstmForm::dots && depth % kTileDepth == 0 && from_row % 1024 != 0) return {from, from_row};
   // 32 numbers more than the tiles need, for the sets of the cache.
   const int64_t row = (tiles_of(depth) + 1) * kTileDepth;
   BFloat16* to = (BFloat16*)scratch;
@@ -119,63 +121,83 @@ static inline vec dot_pairs(vec sum, vec left, vec right) {
 // Not inlined: among its callers' variables GCC 12 keeps the sums in memory, at half the speed.
 template <int ROWS, int VECTORS, int TILES, int LEVEL>
 __attribute__((noinline)) static void lstm_block_dot(
-    HalfRows left, int64_t depth_tiles, const BFloat16* b, float* sums) {
+    HalfRows left, int64_t depth_tiles, const BFloat16* b, float* sums, bool add) {
   vec sum[ROWS][VECTORS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v) sum[r][v] = load(sums + r * kGateColumns + v * kLanes);
+  unrolled<ROWS * VECTORS>([&](auto i) __attribute__((always_inline)) {
+    const float* from = sums + i / VECTORS * kGateColumns + i % VECTORS * kLanes;
+    sum[i / VECTORS][i % VECTORS] = add ? load(from) : vec{};
+  });
   for (int64_t t = 0; t < depth_tiles; ++t, b += 4 * kTileNumbers)
     for (int64_t pair = 0; pair < kTileDepth / 2; ++pair) {
       vec right[VECTORS];
-      for (int v = 0; v < VECTORS; ++v) {
+      unrolled<VECTORS>([&](auto v) __attribute__((always_inline)) {
         const BFloat16* from = b + v * kTileNumbers + pair * 2 * kLanes;
         __builtin_memcpy(&right[v], from, sizeof(vec));
         if constexpr (TILES > 0 && ROWS >= 4) __builtin_prefetch(from + TILES * 4 * kTileNumbers, 0, 4 - LEVEL);
-      }
-      for (int r = 0; r < ROWS; ++r) {
+      });
+      unrolled<ROWS>([&](auto r) __attribute__((always_inline)) {
         float both;
         __builtin_memcpy(&both, left.data + r * left.row + t * kTileDepth + 2 * pair, sizeof both);
         const vec l = __builtin_shufflevector(vec{both}, vec{both}, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-        for (int v = 0; v < VECTORS; ++v) sum[r][v] = dot_pairs(sum[r][v], l, right[v]);
-      }
+        unrolled<VECTORS>([&](auto v) __attribute__((always_inline)) { sum[r][v] = dot_pairs(sum[r][v], l, right[v]); });
+      });
     }
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v) store(sums + r * kGateColumns + v * kLanes, sum[r][v]);
+  unrolled<ROWS * VECTORS>([&](auto i) __attribute__((always_inline)) {
+    store(sums + i / VECTORS * kGateColumns + i % VECTORS * kLanes, sum[i / VECTORS][i % VECTORS]);
+  });
 }
 
-// The same for `rows` rows, at most ROWS, and all four tiles.
-template <int ROWS, int TILES, int LEVEL>
+// The same for `rows` rows, at most ROWS.
+template <int ROWS, int VECTORS, int TILES, int LEVEL>
 static inline void lstm_rows_dot(
-    int64_t rows, HalfRows left, int64_t depth_tiles, const BFloat16* panel, float* sums) {
+    int64_t rows, HalfRows left, int64_t depth_tiles, const BFloat16* b, float* sums, bool add) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS) return lstm_rows_dot<ROWS - 1, TILES, LEVEL>(rows, left, depth_tiles, panel, sums);
-  constexpr int vectors = ROWS * 4 <= kAccumulators ? 4 : 2;
-  for (int v = 0; v < 4; v += vectors)
-    lstm_block_dot<ROWS, vectors, TILES, LEVEL>(left, depth_tiles, panel + v * kTileNumbers, sums + v * kLanes);
+    if (rows < ROWS) return lstm_rows_dot<ROWS - 1, VECTORS, TILES, LEVEL>(rows, left, depth_tiles, b, sums, add);
+  lstm_block_dot<ROWS, VECTORS, TILES, LEVEL>(left, depth_tiles, b, sums, add);
 }
 
-// sums (rows rounded up to 16, 64) += left (rows, K) times one panel.
+// All four tiles, VECTORS at a time, whose numbers of B are in the first-level cache for all blocks of rows but the first:
+// as few blocks as can be, of about the same height.
+template <int ROWS, int VECTORS, int TILES, int LEVEL>
+static inline void lstm_blocks_dot(
+    int64_t rows, HalfRows left, int64_t depth_tiles, const BFloat16* panel, float* sums, bool add) {
+  const int64_t blocks = (rows + ROWS - 1) / ROWS;
+  for (int v = 0; v < 4; v += VECTORS)
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t row = rows * i / blocks;
+      lstm_rows_dot<ROWS, VECTORS, TILES, LEVEL>(
+          rows * (i + 1) / blocks - row, {left.data + row * left.row, left.row}, depth_tiles, panel + v * kTileNumbers,
+          sums + row * kGateColumns + v * kLanes, add);
+    }
+}
+
+// VECTORS at a time, with the tiles asked for that `reading` says.
+template <int ROWS, int VECTORS>
+static inline void lstm_multiply_dots(
+    Reading reading, int64_t rows, HalfRows left, int64_t depth_tiles, const BFloat16* panel, float* sums, bool add) {
+  const auto product = rows <= reading.whole ? lstm_blocks_dot<ROWS, VECTORS, 1, 1>
+                       : reading.ahead       ? lstm_blocks_dot<ROWS, VECTORS, kTilesAhead, 2>
+                                             : lstm_blocks_dot<ROWS, VECTORS, 0, 2>;
+  product(rows, left, depth_tiles, panel, sums, add);
+}
+
+// sums (rows rounded up to 16, 64) = or += left (rows, K) times one panel.
 static void lstm_multiply_bf16(
-    LstmForm form, Reading reading, int64_t rows, LstmLeft left, int64_t depth, const BFloat16* panel, float* sums) {
+    LstmForm form, Reading reading, int64_t rows, LstmLeft left, int64_t depth, const BFloat16* panel, float* sums,
+    bool add) {
   const int64_t depth_tiles = tiles_of(depth);
   const auto from = [&](int64_t row) { return HalfRows{(const BFloat16*)left.data + row * left.row, left.row}; };
-  int64_t row = 0;
   if (form == LstmForm::dots) {
-    // As few blocks as can be, of about the same height.
-    constexpr int most = 12;
-    const int64_t blocks = (rows + most - 1) / most;
-    const auto product = rows <= reading.whole ? lstm_rows_dot<most, 1, 1>
-                         : reading.ahead              ? lstm_rows_dot<most, kTilesAhead, 2>
-                                                      : lstm_rows_dot<most, 0, 2>;
-    for (int64_t i = 0; i < blocks; ++i) {
-      row = rows * i / blocks;
-      product(rows * (i + 1) / blocks - row, from(row), depth_tiles, panel, sums + row * kGateColumns);
-    }
-    return;
+    const auto product = rows <= kAccumulators / 4 ? lstm_multiply_dots<kAccumulators / 4, 4> : lstm_multiply_dots<12, 2>;
+    return product(reading, rows, from(0), depth_tiles, panel, sums, add);
   }
+  if (!add)
+    for (int64_t i = 0; i < round_up(rows, kTileRows) * kGateColumns; i += kLanes) store(sums + i, vec{});
   for (int64_t column = 0; column < 4; column += 2) {
     const BFloat16* b = panel + column * kTileNumbers;
     float* to = sums + column * kLanes;
-    for (row = 0; row + kTileRows < rows; row += 2 * kTileRows)
+    int64_t row = 0;
+    for (; row + kTileRows < rows; row += 2 * kTileRows)
       lstm_tiles_amx<true>(from(row), depth_tiles, b, to + row * kGateColumns);
     if (row < rows) lstm_tiles_amx<false>(from(row), depth_tiles, b, to + row * kGateColumns);
   }
@@ -186,7 +208,11 @@ static void lstm_multiply_bf16(
 // The other instruction sets have neither; the driver does not ask them.
 static void lstm_pack_gates_bf16(const void*, int64_t, int64_t, int64_t, void*) { __builtin_trap(); }
 static void lstm_pack_columns_bf16(const void*, int64_t, int64_t, int64_t, void*) { __builtin_trap(); }
-static inline LstmLeft lstm_left_bf16(const BFloat16*, int64_t, int64_t, int64_t, float*) { __builtin_trap(); }
-static void lstm_multiply_bf16(LstmForm, Reading, int64_t, LstmLeft, int64_t, const BFloat16*, float*) { __builtin_trap(); }
+static inline LstmLeft lstm_left_bf16(LstmForm, const BFloat16*, int64_t, int64_t, int64_t, float*) {
+  __builtin_trap();
+}
+static void lstm_multiply_bf16(LstmForm, Reading, int64_t, LstmLeft, int64_t, const BFloat16*, float*, bool) {
+  __builtin_trap();
+}
 
 #endif

@@ -55,6 +55,8 @@ struct LstmForwardStep {
   const void* weight_x;   // panels (Hr / 16, I, 64); (4H, I) of weight_type for `rows`, where sums is null
   const float* bias;      // (4H)
   const void* h;          // (rows, P) of the step before, bfloat16 likewise
+  void (*wait_for_h)(void* whom);  // called before h is read: what needs x alone is done meanwhile
+  void* whom;
   const void* weight_h;   // likewise, P for I
   float* cell;            // (rows, Hr): c_{t-1} on entry, c_t on return
   void* m;                // (rows, H), written: o tanh(c); bfloat16 likewise

@@ -4,6 +4,9 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
+#include <optional>
+#include <utility>
+
 #include "huge_pages.h"
 #include "lstm_layer.h"
 #include "product.h"
@@ -18,6 +21,20 @@ struct Direction {
   at::Tensor sums;  // W_ih x + b, where they come before the recurrence: of all steps (N, 4H), of some (rows, 4Hr)
   Floats weight_x, weight_h, projection;
   at::Tensor rows_x, rows_h;  // the weights themselves, for LstmForm::rows
+};
+
+// The step of the other threads before this one's.
+struct OthersSteps {
+  Barrier& barrier;
+  std::optional<uint32_t> round{};  // in which this thread arrived, until it has waited for the others
+
+  void arrive() {
+    wait();  // a thread without units of its own read no state
+    round = barrier.arrive();
+  }
+  void wait() {
+    if (round) barrier.wait_for(*std::exchange(round, std::nullopt));
+  }
 };
 
 struct ForwardLayer {
@@ -41,7 +58,8 @@ struct ForwardLayer {
   void walk(const Part& part, Barrier& barrier, float* scratch) const;
   void own_sums(const Part& part, Range rows, int64_t to_row, float* scratch) const;
   void step(
-      const Part& part, int64_t t, Range rows, int64_t sums_row, const void* h, int64_t h_row, float* scratch) const;
+      const Part& part, int64_t t, Range rows, int64_t sums_row, const void* h, int64_t h_row, OthersSteps& others,
+      float* scratch) const;
   void project(const Part& part, int64_t t, Range rows, float* scratch) const;
 };
 
@@ -88,8 +106,7 @@ ForwardLayer::ForwardLayer(const LstmArgs& args, const LstmShape& sizes, bool ke
   h0 = operand(args.h0, form);
   cell = copy_of_state(args.c0, s.units());
   const auto floats = args.input.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
-  out = with_huge_pages(
-      at::empty({s.rows, s.directions * s.state}, is_half(form) ? args.input.options() : floats));
+  out = kept_empty({s.rows, s.directions * s.state}, is_half(form) ? args.input.options() : floats);
   if (s.projection) m = kept_empty({s.directions, s.batch, s.hidden}, floats);
   if (save) {
     gates = kept_empty({s.rows, s.directions, 4 * s.units()}, args.input.options());
@@ -143,7 +160,8 @@ void ForwardLayer::own_sums(const Part& part, Range rows, int64_t to_row, float*
 
 // `sums_row` is the row of the sums that belongs to the first one of step t.
 void ForwardLayer::step(
-    const Part& part, int64_t t, Range rows, int64_t sums_row, const void* h, int64_t h_row, float* scratch) const {
+    const Part& part, int64_t t, Range rows, int64_t sums_row, const void* h, int64_t h_row, OthersSteps& others,
+    float* scratch) const {
   if (rows.empty()) return;
   const int64_t d = part.direction, units = shape.units(), row = shape.row_of(t, rows.begin);
   const Direction& own = directions[static_cast<size_t>(d)];
@@ -167,6 +185,8 @@ void ForwardLayer::step(
   s.bias = own.bias.const_data_ptr<float>();
   s.h = h;
   s.h_row = h_row;
+  s.wait_for_h = [](void* whom) { static_cast<OthersSteps*>(whom)->wait(); };
+  s.whom = &others;
   if (form == LstmForm::rows) s.weight_type = lstm_type(own.rows_h.scalar_type());
   s.weight_h = form == LstmForm::rows ? own.rows_h.const_data_ptr() : own.weight_h.get();
   s.cell = cell.data_ptr<float>() + (d * shape.batch + rows.begin) * units;
@@ -206,6 +226,7 @@ void ForwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) cons
   const int64_t stride = whole ? ahead : std::min<int64_t>(ahead, 1);  // rows of one step follow one another
   int64_t there = 0, before = -1;  // rows of the step before, and that step
   int64_t sums_begin = 0;          // the row of the input whose sums come first
+  OthersSteps others{barrier};
   for (int64_t i = 0; i < shape.steps; ++i) {
     const int64_t t = d == 0 ? i : shape.steps - 1 - i, active = shape.rows_at(t);
     if (stride > 0 && i % stride == 0) {
@@ -222,18 +243,19 @@ void ForwardLayer::walk(const Part& part, Barrier& barrier, float* scratch) cons
     const Range beginning{std::max(part.rows.begin, there), std::min(part.rows.end, active)};
     if (!going.empty()) {
       const int64_t row = shape.row_of(before, going.begin);
-      step(part, t, going, sums_row, at_element(out, row * out_row + d * shape.state), out_row, scratch);
+      step(part, t, going, sums_row, at_element(out, row * out_row + d * shape.state), out_row, others, scratch);
     }
     if (!beginning.empty()) {
       const void* h = at_element(h0, (d * shape.batch + beginning.begin) * shape.state);
-      step(part, t, beginning, sums_row, h, shape.state, scratch);
+      step(part, t, beginning, sums_row, h, shape.state, others, scratch);
     }
     const Range rows{part.rows.begin, std::min(part.rows.end, active)};
     if (shape.projection && !rows.empty()) {
+      others.wait();
       barrier.wait();
       project(part, t, rows, scratch);
     }
-    if (!rows.empty() && i + 1 < shape.steps) barrier.wait();
+    if (!rows.empty() && i + 1 < shape.steps) others.arrive();
     there = active;
     before = t;
   }

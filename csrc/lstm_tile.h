@@ -42,8 +42,8 @@ static inline LstmLeft lstm_left(
     LstmForm form, const void* from, int64_t from_row, int64_t first, int64_t rows, int64_t depth, bool spread,
     float*& to) {
   if (is_half(form)) {
-    const LstmLeft left = lstm_left_bf16((const BFloat16*)from + first * from_row, from_row, rows, depth, to);
-    to += round_up(rows, kTileRows) * left.row / 2;
+    const LstmLeft left = lstm_left_bf16(form, (const BFloat16*)from + first * from_row, from_row, rows, depth, to);
+    if (left.data == to) to += round_up(rows, kTileRows) * left.row / 2;
     return left;
   }
   if (form == LstmForm::split) {
@@ -62,20 +62,14 @@ static inline LstmLeft lstm_left(
   return left;
 }
 
-// Zero sums (rows, 64), to the end of the last tile.
-static void lstm_clear(int64_t rows, float* sums) {
-  for (int64_t i = 0; i < round_up(rows, kUnits) * kGateColumns; i += kLanes) store(sums + i, vec{});
-}
-
 // sums (rows, 64) = or += left (rows, depth) times one panel of the weights; `columns` of it, a multiple of kPad, are
 // there.
 static void lstm_multiply(
     LstmForm form, Reading reading, int64_t rows, int64_t columns, int64_t depth, LstmLeft left, const void* weight,
     int64_t panel, float* sums, bool add) {
   if (is_half(form)) {
-    if (!add) lstm_clear(rows, sums);
     const BFloat16* from = (const BFloat16*)weight + panel * lstm_bf16_panel(depth);
-    return lstm_multiply_bf16(form, reading, rows, left, depth, from, sums);
+    return lstm_multiply_bf16(form, reading, rows, left, depth, from, sums, add);
   }
   if (form == LstmForm::split) {
     const uint16_t* from = (const uint16_t*)weight + panel * 2 * split_block(depth);
@@ -191,17 +185,20 @@ static void lstm_rows_of_weight(
     for (int64_t unit = there; unit < kUnits; ++unit) sums[i * kUnits + unit] = 0.0f;
 }
 
-// W_hh h, and W_ih x where that is not among s.sums, of rows [row, row + rows) for one block, to the scratch (rows, 64).
+// W_ih x where that is not among s.sums, and W_hh h, of rows [row, row + rows) for one block, to the scratch (rows, 64).
+// h() says where h is, once it is there, and moves `scratch` behind it.
+template <class H>
 static void lstm_products(
-    const LstmForwardStep& s, int64_t rows, int64_t block, LstmLeft input, LstmLeft h, float* products, float* panel) {
+    const LstmForwardStep& s, int64_t rows, int64_t block, LstmLeft input, H h, float* products, float*& scratch) {
   if (s.form == LstmForm::rows) {
-    const LstmRowsOperand operands[] = {{h, s.weight_h, s.state}, {input, s.weight_x, s.inputs}};
+    const LstmRowsOperand operands[] = {{h(), s.weight_h, s.state}, {input, s.weight_x, s.inputs}};
     return with_saved_type(s.weight_type, [&](auto* type) {
-      lstm_rows_of_weight<__typeof__(*type)>(rows, operands, s.sums ? 1 : 2, s.hidden, block, products, panel);
+      lstm_rows_of_weight<__typeof__(*type)>(rows, operands, s.sums ? 1 : 2, s.hidden, block, products, scratch);
     });
   }
-  lstm_multiply(s.form, s.reading, rows, kGateColumns, s.state, h, s.weight_h, block, products, false);
-  if (!s.sums) lstm_multiply(s.form, s.reading, rows, kGateColumns, s.inputs, input, s.weight_x, block, products, true);
+  const bool with_x = !s.sums && s.inputs > 0;
+  if (with_x) lstm_multiply(s.form, s.reading, rows, kGateColumns, s.inputs, input, s.weight_x, block, products, false);
+  lstm_multiply(s.form, s.reading, rows, kGateColumns, s.state, h(), s.weight_h, block, products, with_x);
 }
 
 // What comes from memory for the state of a row is asked for so many rows ahead: lines far apart, which the processor
@@ -252,9 +249,16 @@ static void lstm_forward_rows(const LstmForwardStep& s, Range blocks, float* pro
   for (int64_t row = 0; row < s.rows; row += lstm_rows(s.form)) {
     const int64_t rows = min(lstm_rows(s.form), s.rows - row);
     float* scratch = products + kLstmRows * kGateColumns;
-    const LstmLeft h = lstm_left(s.form, s.h, s.h_row, row, rows, s.state, false, scratch);
     const LstmLeft input =
         s.sums ? LstmLeft{} : lstm_left(s.form, s.input, s.input_row, row, rows, s.inputs, false, scratch);
+    LstmLeft left_h;  // taken when the first block asks for it
+    const auto h = [&] {
+      if (left_h.data == nullptr) {
+        s.wait_for_h(s.whom);
+        left_h = lstm_left(s.form, s.h, s.h_row, row, rows, s.state, false, scratch);
+      }
+      return left_h;
+    };
     for (int64_t i = blocks.begin; i < blocks.end; ++i) {
       const int64_t block = s.descending ? blocks.end - 1 - (i - blocks.begin) : i;
       lstm_products(s, rows, block, input, h, products, scratch);

@@ -30,15 +30,20 @@ class Barrier {
  public:
   void set_members(int64_t members) { members_ = members; }
 
-  void wait() {
-    if (members_ <= 1) return;
+  void wait() { wait_for(arrive()); }
+
+  // The two halves of wait(), for what a thread can do meanwhile: it has arrived, and the round it arrived in; all have.
+  uint32_t arrive() {
     const uint32_t round = round_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == members_) {
+    if (members_ > 1 && arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == members_) {
       arrived_.store(0, std::memory_order_relaxed);
       round_.store(round + 1, std::memory_order_release);
-      return;
     }
-    spin_until([&] { return round_.load(std::memory_order_acquire) != round; });
+    return round;
+  }
+
+  void wait_for(uint32_t round) {
+    if (members_ > 1) spin_until([&] { return round_.load(std::memory_order_acquire) != round; });
   }
 
  private:

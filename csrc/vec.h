@@ -35,6 +35,18 @@ static inline vec clamp(vec x, float bound) { return min(splat(bound), max(splat
 static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
+template <class F, int... I>
+__attribute__((always_inline)) static inline void unrolled_over([[maybe_unused]] F f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+
+// f of 0, 1, ... COUNT - 1 as constants. GCC 12 unrolls a loop over an array of vectors too late to take the array for
+// registers: it is in memory before and after the loop that uses it, for each of which it is loaded and stored.
+template <int COUNT, class F>
+__attribute__((always_inline)) static inline void unrolled(F f) {
+  unrolled_over(f, std::make_integer_sequence<int, COUNT>{});
+}
+
 // Keeps v in a register for several uses, each of which GCC 12 would else read from memory.
 static inline void keep(vec& v) {
 #if defined(__x86_64__)
