@@ -227,9 +227,10 @@ LstmBackward lstm_backward_cpu(
       dweights.resize(static_cast<size_t>((d + 1) * each));
       continue;
     }
-    dweights.push_back(mm(turned, input).to(type));
     const at::Tensor before = s.steps == 1 ? h0[d] : states_before(s, d, states, h0);
-    dweights.push_back(mm(turned, before).to(type));
+    const auto [dinput_weight, dstate_weight] = mm_both(turned, input, before);
+    dweights.push_back(dinput_weight.to(type));
+    dweights.push_back(dstate_weight.to(type));
     if (s.biases) {
       const at::Tensor dbias = dsums.sum(0).to(type);
       dweights.push_back(dbias);

@@ -1,6 +1,8 @@
 #include "panels.h"
 
 #include <algorithm>
+#include <utility>
+#include <vector>
 
 #include "tasks.h"
 #include "tensor_operand.h"
@@ -27,21 +29,26 @@ bool worth_panels(const at::Tensor& left, const at::Tensor& right) {
          worth_panels(left.size(0), right.size(0), left.size(1));
 }
 
-void panel_product(
-    const at::Tensor& out, const at::Tensor& left, const at::Tensor& right, const at::Tensor& bias, bool add) {
-  const at::Tensor dense_left = dense_along_an_axis(left), dense_right = dense_along_an_axis(right);
-  const at::Tensor dense_bias = bias.defined() ? bias.contiguous() : bias;
+void panel_products(const at::Tensor& left, std::initializer_list<PanelProductOf> of, bool add) {
+  const at::Tensor dense_left = dense_along_an_axis(left);
   PanelProduct p{};
   p.left = operand_of(dense_left);
-  p.right = operand_of(dense_right);
-  p.columns = p.right.rows;
-  p.out = out.data_ptr<float>();
-  p.out_row = p.columns;
-  if (bias.defined()) p.bias = dense_bias.const_data_ptr<float>();
   p.add = add;
-  p.around = p.left.rows * p.columns * static_cast<int64_t>(sizeof(float)) > kCacheBytes;
+  std::vector<at::Tensor> dense;
+  std::vector<PanelTerm> terms;
+  int64_t count = 0;
+  for (const PanelProductOf& one : of) {
+    PanelTerm& term = terms.emplace_back();
+    term.right = operand_of(dense.emplace_back(dense_along_an_axis(one.right)));
+    term.first_panel = std::exchange(count, count + panels(term.right.rows));
+    if (one.bias.defined()) term.bias = dense.emplace_back(one.bias.contiguous()).const_data_ptr<float>();
+    term.out = one.out.data_ptr<float>();
+    term.out_row = term.right.rows;
+    term.around = p.left.rows * term.out_row * static_cast<int64_t>(sizeof(float)) > kCacheBytes;
+  }
+  p.terms = terms.data();
   const PanelKernels& k = panel_kernels();
-  const int64_t count = panels(p.columns), panel = p.left.depth * kPanelColumns, threads = team_size();
+  const int64_t panel = p.left.depth * kPanelColumns, threads = team_size();
   // As many rows for each thread: of 512, 11 tiles would be 6 for one and 5 for the other of two.
   const auto tiles_of = [&](int64_t rows) { return (p.left.rows + rows - 1) / rows; };
   const int64_t least_tiles = tiles_of(kPanelRows);
@@ -53,7 +60,11 @@ void panel_product(
     packed = Floats(count * panel);
     p.packed = packed.get();
     p.reading = panel_reading(count * panel * static_cast<int64_t>(sizeof(float)));
-    const auto pack = [&](int64_t i) { k.pack(p.right, i, packed + i * panel); };
+    const auto pack = [&](int64_t i) {
+      const PanelTerm* term = p.terms;
+      while (i >= term->first_panel + panels(term->right.rows)) ++term;
+      k.pack(term->right, i - term->first_panel, packed + i * panel);
+    };
     // Where each thread has as many panels, and some of them, it packs its own: no other reads them, and none waits for
     // another. With 2 panels each the left operand, which all threads copy then, costs more than that.
     if (count % threads == 0 && count >= 4 * threads)

@@ -24,19 +24,25 @@ struct Reading {
   int64_t whole;  // up to so many rows of the left operand are one block over the whole depth, which asks for its own
 };
 
-// Rows [first, first + rows), those that there are, of out (M, N) = left times right, plus a bias (N) unless it is null.
-struct PanelProduct {
-  Operand left;
-  int64_t rows;         // of a task, at most kPanelRows
-  int64_t columns;
-  const float* packed;  // all panels; or null: they are made of `right`
-  Reading reading;
+// One right operand and where its product goes: out (M, N) = left times right, plus a bias (N) unless it is null.
+struct PanelTerm {
   Operand right;        // the transpose (N, K)
+  int64_t first_panel;  // panels of the terms before
   const float* bias;
   float* out;
   int64_t out_row;
-  bool around;  // whether out is written around the caches, as it is larger than they are
-  bool add;     // whether it is added to what is in out
+  bool around;          // whether out is written around the caches, as it is larger than they are
+};
+
+// Rows [first, first + rows), those that there are, of the products of one left operand with several right ones, whose
+// panels are counted on from one to the next: the left operand is copied once for all.
+struct PanelProduct {
+  Operand left;
+  int64_t rows;         // of a task, at most kPanelRows
+  const PanelTerm* terms;
+  const float* packed;  // all panels; or null: they are made of each term's `right`
+  Reading reading;
+  bool add;             // whether it is added to what is in out
 };
 
 // Floats, as in attention_cpu.h: the rows of the left operand, their sums with one panel, and one that is made there.

@@ -68,37 +68,44 @@ static void add_tile(const float* from, int64_t from_row, int64_t rows, int64_t 
     }
 }
 
+// One panel of depth [k, k + left's): to `out` or added to it.
+static void panel_product(
+    const PanelProduct& p, const PanelTerm& term, int64_t first, int64_t rows, Matrix left, int64_t k, int64_t here,
+    int64_t panel, float* sums, float* right_part) {
+  const int64_t depth = p.left.depth, column = (panel - term.first_panel) * kPanelColumns;
+  const int64_t columns = min(kPanelColumns, term.right.rows - column);
+  const bool as_it_is = !p.packed && term.right.row == 1 && term.right.rows % kPad == 0;  // whole vectors of columns
+  const float* right = right_part;
+  if (p.packed)
+    right = p.packed + (panel * depth + k) * kPanelColumns;
+  else if (as_it_is)
+    right = term.right.data + column + k * term.right.column;
+  else
+    panel_part(term.right, panel - term.first_panel, k, here, right_part);
+  const Reading reading = as_it_is ? Reading{true, 0} : p.reading;
+  const int64_t right_row = as_it_is ? term.right.column : kPanelColumns;
+  gemm(reading, rows, round_up(columns, kPad), here, left, right, right_row, sums, kPanelColumns, false);
+  const bool whole_vectors = term.out_row % kLanes == 0 && (uintptr_t)term.out % sizeof(vec) == 0;
+  float* to = term.out + first * term.out_row + column;
+  if (p.add || k > 0)
+    add_tile(sums, kPanelColumns, rows, columns, to, term.out_row);
+  else if (term.around && depth <= kPanelDepth && whole_vectors && columns == kPanelColumns)
+    copy_tile<true>(sums, kPanelColumns, rows, columns, offset(term.bias, column), to, term.out_row);
+  else
+    copy_tile(sums, kPanelColumns, rows, columns, offset(term.bias, column), to, term.out_row);
+}
+
 static void panel_rows(const PanelProduct& p, int64_t first, Range panels, float* scratch) {
   const int64_t rows = min(p.rows, p.left.rows - first), depth = p.left.depth;
   float *sums = scratch, *left_part = scratch + kPanelRows * kPanelColumns;
   float* right_part = left_part + kPanelRows * (min(depth, kPanelDepth) + 2 * kPad);
-  const bool as_it_is = !p.packed && p.right.row == 1 && p.columns % kPad == 0;  // whole vectors of columns
-  const bool whole_vectors = p.out_row % kLanes == 0 && (uintptr_t)p.out % sizeof(vec) == 0;
-  const bool around = p.around && !p.add && depth <= kPanelDepth && whole_vectors;
   for (int64_t k = 0; k < depth; k += kPanelDepth) {
     const int64_t here = min(kPanelDepth, depth - k);
     const Matrix left = panel_left(p.left, first, rows, k, here, left_part);
+    const PanelTerm* term = p.terms;
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      const int64_t column = panel * kPanelColumns, columns = min(kPanelColumns, p.columns - column);
-      const float* right = right_part;
-      int64_t right_row = kPanelColumns;
-      if (p.packed) {
-        right = p.packed + (panel * depth + k) * kPanelColumns;
-      } else if (as_it_is) {
-        right = p.right.data + column + k * p.right.column;
-        right_row = p.right.column;
-      } else {
-        panel_part(p.right, panel, k, here, right_part);
-      }
-      const Reading reading = as_it_is ? Reading{true, 0} : p.reading;
-      gemm(reading, rows, round_up(columns, kPad), here, left, right, right_row, sums, kPanelColumns, false);
-      float* to = p.out + first * p.out_row + column;
-      if (p.add || k > 0)
-        add_tile(sums, kPanelColumns, rows, columns, to, p.out_row);
-      else if (around && columns == kPanelColumns)
-        copy_tile<true>(sums, kPanelColumns, rows, columns, offset(p.bias, column), to, p.out_row);
-      else
-        copy_tile(sums, kPanelColumns, rows, columns, offset(p.bias, column), to, p.out_row);
+      while (panel >= term->first_panel + fastattn::panels(term->right.rows)) ++term;
+      panel_product(p, *term, first, rows, left, k, here, panel, sums, right_part);
     }
   }
   stream_end();

@@ -6,7 +6,7 @@
 
 #include <limits>
 
-#include "huge_pages.h"
+#include "kept_memory.h"
 #include "panels.h"
 #include "split.h"
 
@@ -18,17 +18,30 @@ static bool own_product(at::Tensor& out, const at::Tensor& left, const at::Tenso
   if (left.dim() != 2 || right.dim() != 2) return false;
   const bool split = can_split(left, right);
   if (!split && !worth_panels(left, right)) return false;
-  if (!out.defined()) out = with_huge_pages(at::empty({left.size(0), right.size(0)}, left.options()));
+  if (!out.defined()) out = kept_empty({left.size(0), right.size(0)}, left.options());
   if (split)
     split_product(out, left, right, bias);
   else
-    panel_product(out, left, right, bias);
+    panel_products(left, {{out, right, bias}});
   return true;
 }
 
 at::Tensor mm(const at::Tensor& left, const at::Tensor& right) {
   at::Tensor out;
   return right.dim() == 2 && own_product(out, left, right.t(), {}) ? out : at::mm(left, right);
+}
+
+std::pair<at::Tensor, at::Tensor> mm_both(const at::Tensor& left, const at::Tensor& first, const at::Tensor& second) {
+  const auto by_panels = [&](const at::Tensor& right) {
+    return right.dim() == 2 && left.dim() == 2 && !can_split(left, right.t()) && worth_panels(left, right.t());
+  };
+  if (!by_panels(first) || !by_panels(second)) return {fastattn::mm(left, first), fastattn::mm(left, second)};
+  const auto out = [&](const at::Tensor& right) {
+    return kept_empty({left.size(0), right.size(1)}, left.options());
+  };
+  std::pair<at::Tensor, at::Tensor> both{out(first), out(second)};
+  panel_products(left, {{both.first, first.t(), {}}, {both.second, second.t(), {}}});
+  return both;
 }
 
 void mm_out(at::Tensor& out, const at::Tensor& left, const at::Tensor& right) {
@@ -39,7 +52,7 @@ void add_mm(at::Tensor& out, const at::Tensor& left, const at::Tensor& right) {
   if (!out.defined())
     out = fastattn::mm(left, right);
   else if (worth_panels(left, right.t()))
-    panel_product(out, left, right.t(), {}, true);
+    panel_products(left, {{out, right.t(), {}}}, true);
   else
     at::addmm_out(out, out, left, right);
 }

@@ -3,12 +3,17 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <utility>
+
 namespace fastattn {
 
 // left (M, K) right (K, N), of any type.
 at::Tensor mm(const at::Tensor& left, const at::Tensor& right);
 
-// The same to `out` (M, N), contiguous and of the operands' type.
+// left times each of two, of which by panels the left one is read once.
+std::pair<at::Tensor, at::Tensor> mm_both(const at::Tensor& left, const at::Tensor& first, const at::Tensor& second);
+
+// One product to `out` (M, N), contiguous and of the operands' type.
 void mm_out(at::Tensor& out, const at::Tensor& left, const at::Tensor& right);
 
 // Adds left (M, K) right (K, N) to `out` (M, N), contiguous and of their type; makes it where it is not defined.

@@ -60,13 +60,14 @@ def test_attention_does_not_see_it_either() -> None:
     assert all(torch.equal(a, b) for a, b in zip(fresh, run(None), strict=True))
 
 
-def test_results_do_not_live_in_kept_blocks() -> None:
+def test_results_are_nobody_elses() -> None:
+    """They live in blocks that go back with their storages alone."""
     module = fastattn.LSTM(64, 256)
     out, (h_n, c_n) = module(torch.randn(40, 16, 64))
     before = [tensor.clone() for tensor in (out, h_n, c_n)]
     module(torch.full((40, 16, 64), 3.0))
     assert all(torch.equal(a, b) for a, b in zip((out, h_n, c_n), before, strict=True))
-    assert out.detach().resize_(1).numel() == 1  # torch's own storage
+    assert out.detach().resize_(1).numel() == 1  # as torch's own storages can
 
 
 def test_saved_tensors_are_storages_of_torch() -> None:
