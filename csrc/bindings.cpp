@@ -237,6 +237,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("layer_norm_lstm_backward", &layer_norm_lstm_backward, Plain());
   m.def("least_rows_of_own_products", &fastattn::least_rows_of_own_products);
   m.def("mm", &fastattn::mm, Plain());
+  m.def("mm_both", &fastattn::mm_both, Plain());
   m.def("linear", &fastattn::linear, Plain());
   m.def("in_a_mode", &in_a_mode);
   m.def("profiled", &at::hasCallbacks);  // by whatever hears of each call

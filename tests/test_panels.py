@@ -117,6 +117,27 @@ def test_small_products(**product: Any) -> None:
 
 
 @pytest.mark.usefixtures("panels")
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 110),
+    columns=st.tuples(st.integers(1, 140), st.integers(1, 140)),
+    depth=st.one_of(st.integers(1, 200), st.sampled_from((1024, 1100))),
+    turned=st.tuples(st.booleans(), st.booleans()),
+    seed=st.integers(0, 2**31),
+)
+def test_two_products_of_one_operand(
+    rows: int, columns: tuple[int, int], depth: int, turned: tuple[bool, bool], seed: int
+) -> None:
+    """As one after the other, bit for bit: the same sums in the same order."""
+    left, right = drawn(rows, sum(columns), depth, turned, seed)
+    first, second = right[:, : columns[0]], right[:, columns[0] :]
+    found = _C.mm_both(left, first, second)
+    for result, wanted in zip(found, (_C.mm(left, first), _C.mm(left, second)), strict=True):
+        assert result.is_contiguous()
+        assert torch.equal(result, wanted)
+
+
+@pytest.mark.usefixtures("panels")
 def test_tiny_products_and_other_types_are_torchs() -> None:
     for left, right in [
         (torch.randn(30, 30), torch.randn(30, 30)),
