@@ -7,7 +7,7 @@
 
 #include <array>
 #include <atomic>
-#include <memory>
+#include <cstring>
 #include <new>
 #include <thread>
 
@@ -108,24 +108,28 @@ void give_back(Block block) noexcept {
 
 namespace {
 
-// For storages of torch, which so can be resized, and whose profiler sees them.
+// For storages of torch, which so can be resized, and whose profiler sees them. The block's own size stands before the
+// numbers: torch copies on write only storages whose context is their memory.
 class KeptAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    auto owner = std::make_unique<Block>();
-    *owner = take_block(bytes);
-    void* memory = owner->memory;
-    c10::profiledCPUMemoryReporter().New(memory, owner->bytes);
-    return {memory, owner.release(), &free, at::kCPU};
+    const Block block = take_block(kBefore + bytes);
+    std::memcpy(block.memory, &block.bytes, sizeof block.bytes);
+    void* memory = static_cast<char*>(block.memory) + kBefore;
+    c10::profiledCPUMemoryReporter().New(memory, block.bytes);
+    return {memory, memory, &free, at::kCPU};
   }
 
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
  private:
-  static void free(void* context) {
-    const std::unique_ptr<Block> owner(static_cast<Block*>(context));
-    c10::profiledCPUMemoryReporter().Delete(owner->memory);
-    give_back(*owner);
+  static constexpr size_t kBefore = static_cast<size_t>(kAlignment);
+
+  static void free(void* memory) {
+    c10::profiledCPUMemoryReporter().Delete(memory);
+    Block block{static_cast<char*>(memory) - kBefore, 0};
+    std::memcpy(&block.bytes, block.memory, sizeof block.bytes);
+    give_back(block);
   }
 };
 

@@ -23,7 +23,7 @@ static bool worth_panels(int64_t rows, int64_t columns, int64_t depth) {
 
 bool worth_panels(const at::Tensor& left, const at::Tensor& right) {
   const auto fits = [](const at::Tensor& t) {
-    return t.scalar_type() == at::kFloat && t.device().is_cpu() && t.layout() == at::kStrided;
+    return t.scalar_type() == at::kFloat && t.device().is_cpu() && t.layout() == at::kStrided && !t.is_neg();
   };
   return fits(left) && fits(right) && left.size(1) == right.size(1) &&
          worth_panels(left.size(0), right.size(0), left.size(1));

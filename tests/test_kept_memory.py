@@ -67,7 +67,10 @@ def test_results_are_nobody_elses() -> None:
     before = [tensor.clone() for tensor in (out, h_n, c_n)]
     module(torch.full((40, 16, 64), 3.0))
     assert all(torch.equal(a, b) for a, b in zip((out, h_n, c_n), before, strict=True))
-    assert out.detach().resize_(1).numel() == 1  # as torch's own storages can
+    lazy = torch._lazy_clone(out.detach())  # as torch's own storages can
+    assert torch.equal(lazy.add_(1), before[0] + 1)
+    assert torch.equal(out, before[0])
+    assert out.detach().resize_(1).numel() == 1
 
 
 def test_saved_tensors_are_storages_of_torch() -> None:
