@@ -2,8 +2,8 @@
 //
 // The C library gives large blocks back to the system when they are freed, so that the next call meets each of their
 // pages for the first time: one row of 512 units, 64 steps, took 5.9 ms in place of 2.7 in two processes of three.
-// Results and gradients stand there, too, whose storages come back when nobody holds them any more: a training step of one row of 512
-// units, 200 steps, took 15.2 ms with 1,000 new pages in each, 12.3 without.
+// Results and gradients stand there, too, whose storages come back when nobody holds them any more: a training step of
+// one row of 512 units, 200 steps, took 15.2 ms with 1,000 new pages in each, 12.3 without.
 #pragma once
 
 #include <ATen/core/Tensor.h>

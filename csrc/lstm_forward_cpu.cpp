@@ -7,7 +7,7 @@
 #include <optional>
 #include <utility>
 
-#include "huge_pages.h"
+#include "kept_memory.h"
 #include "lstm_layer.h"
 #include "product.h"
 

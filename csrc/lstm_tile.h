@@ -196,7 +196,7 @@ static void lstm_products(
       lstm_rows_of_weight<__typeof__(*type)>(rows, operands, s.sums ? 1 : 2, s.hidden, block, products, scratch);
     });
   }
-  const bool with_x = !s.sums && s.inputs > 0;
+  const bool with_x = !s.sums && s.inputs > 0;  // a product without depth writes nothing
   if (with_x) lstm_multiply(s.form, s.reading, rows, kGateColumns, s.inputs, input, s.weight_x, block, products, false);
   lstm_multiply(s.form, s.reading, rows, kGateColumns, s.state, h(), s.weight_h, block, products, with_x);
 }

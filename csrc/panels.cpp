@@ -22,10 +22,7 @@ static bool worth_panels(int64_t rows, int64_t columns, int64_t depth) {
 }
 
 bool worth_panels(const at::Tensor& left, const at::Tensor& right) {
-  const auto fits = [](const at::Tensor& t) {
-    return t.scalar_type() == at::kFloat && t.device().is_cpu() && t.layout() == at::kStrided && !t.is_neg();
-  };
-  return fits(left) && fits(right) && left.size(1) == right.size(1) &&
+  return has_floats(left) && has_floats(right) && left.size(1) == right.size(1) &&
          worth_panels(left.size(0), right.size(0), left.size(1));
 }
 
@@ -61,9 +58,8 @@ void panel_products(const at::Tensor& left, std::initializer_list<PanelProductOf
     p.packed = packed.get();
     p.reading = panel_reading(count * panel * static_cast<int64_t>(sizeof(float)));
     const auto pack = [&](int64_t i) {
-      const PanelTerm* term = p.terms;
-      while (i >= term->first_panel + panels(term->right.rows)) ++term;
-      k.pack(term->right, i - term->first_panel, packed + i * panel);
+      const PanelTerm& term = term_of(p.terms, i);
+      k.pack(term.right, i - term.first_panel, packed + i * panel);
     };
     // Where each thread has as many panels, and some of them, it packs its own: no other reads them, and none waits for
     // another. With 2 panels each the left operand, which all threads copy then, costs more than that.

@@ -34,6 +34,12 @@ struct PanelTerm {
   bool around;          // whether out is written around the caches, as it is larger than they are
 };
 
+// The term whose panel it is, which must be there. Static, for each instruction set has a copy: see kernels.inc.h.
+static constexpr const PanelTerm& term_of(const PanelTerm* terms, int64_t panel) {
+  while (panel >= terms->first_panel + panels(terms->right.rows)) ++terms;
+  return *terms;
+}
+
 // Rows [first, first + rows), those that there are, of the products of one left operand with several right ones, whose
 // panels are counted on from one to the next: the left operand is copied once for all.
 struct PanelProduct {

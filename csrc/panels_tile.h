@@ -68,10 +68,11 @@ static void add_tile(const float* from, int64_t from_row, int64_t rows, int64_t 
     }
 }
 
-// One panel of depth [k, k + left's): to `out` or added to it.
+// Rows `first` on, `rows` of them, times depth [k, k + here) of one panel: to its term's `out`, or added to it.
 static void panel_product(
-    const PanelProduct& p, const PanelTerm& term, int64_t first, int64_t rows, Matrix left, int64_t k, int64_t here,
-    int64_t panel, float* sums, float* right_part) {
+    const PanelProduct& p, int64_t first, int64_t rows, Matrix left, int64_t k, int64_t here, int64_t panel, float* sums,
+    float* right_part) {
+  const PanelTerm& term = term_of(p.terms, panel);
   const int64_t depth = p.left.depth, column = (panel - term.first_panel) * kPanelColumns;
   const int64_t columns = min(kPanelColumns, term.right.rows - column);
   const bool as_it_is = !p.packed && term.right.row == 1 && term.right.rows % kPad == 0;  // whole vectors of columns
@@ -102,11 +103,8 @@ static void panel_rows(const PanelProduct& p, int64_t first, Range panels, float
   for (int64_t k = 0; k < depth; k += kPanelDepth) {
     const int64_t here = min(kPanelDepth, depth - k);
     const Matrix left = panel_left(p.left, first, rows, k, here, left_part);
-    const PanelTerm* term = p.terms;
-    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      while (panel >= term->first_panel + fastattn::panels(term->right.rows)) ++term;
-      panel_product(p, *term, first, rows, left, k, here, panel, sums, right_part);
-    }
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel)
+      panel_product(p, first, rows, left, k, here, panel, sums, right_part);
   }
   stream_end();
 }

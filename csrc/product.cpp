@@ -1,7 +1,6 @@
 #include "product.h"
 
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
 #include <limits>
@@ -9,6 +8,7 @@
 #include "kept_memory.h"
 #include "panels.h"
 #include "split.h"
+#include "tensor_operand.h"
 
 namespace fastattn {
 
@@ -59,7 +59,7 @@ void add_mm(at::Tensor& out, const at::Tensor& left, const at::Tensor& right) {
 
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) {
   const bool per_column = weight.dim() == 2 && bias.dim() == 1 && bias.size(0) == weight.size(0) &&
-                          bias.scalar_type() == at::kFloat;
+                          has_floats(bias);
   at::Tensor out;
   return per_column && own_product(out, input, weight, bias) ? out : at::addmm(bias, input, weight.t());
 }

@@ -46,7 +46,7 @@ bool worth_splitting(int64_t rows, int64_t columns, int64_t depth) {
 }  // namespace
 
 bool splits(const at::Tensor& tensor) {
-  if (tensor.scalar_type() != at::kFloat || !tensor.device().is_cpu() || tensor.layout() != at::kStrided) return false;
+  if (!has_floats(tensor)) return false;
   if (tensor.numel() == 0) return true;
   constexpr uint32_t least = (127u - 40u) << 23, most = (127u + 62u) << 23;
   const uint32_t size = largest_size(dense_along_an_axis(tensor));

@@ -138,6 +138,19 @@ def test_two_products_of_one_operand(
 
 
 @pytest.mark.usefixtures("panels")
+def test_negative_views_are_torchs() -> None:
+    """What stands in their memory has the other sign."""
+    left, right, bias = torch.randn(1024, 512), torch.randn(512, 512), torch.randn(512)
+    exact = torch.addmm(bias.double(), left.double(), right.double())
+    for turned in (left._neg_view(), right._neg_view(), bias._neg_view()):
+        given = [turned if turned.shape == each.shape else each for each in (left, right, bias)]
+        wanted = torch.addmm(given[2].double(), given[0].double(), given[1].double())
+        assert not torch.allclose(wanted, exact)
+        torch.testing.assert_close(_C.linear(given[0], given[1].t(), given[2]).double(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(_C.mm_both(left, right, right._neg_view())[1], -(left @ right), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.usefixtures("panels")
 def test_tiny_products_and_other_types_are_torchs() -> None:
     for left, right in [
         (torch.randn(30, 30), torch.randn(30, 30)),
